@@ -1,0 +1,26 @@
+"""OmniStream (arXiv 2603.12265) in JAX: one causal visual backbone for images, clips and endless streams.
+
+Importing the package costs no JAX; `load` imports what it needs when it is called.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omnistream_jax.model import Model
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(path: str, rope: str | None = None, dtype: Any = None) -> "Model":
+    """Load weights of OmniStream or DINOv3 from a directory or the hub.
+
+    Args:
+        path: a directory with config.json and model.safetensors in the released Hugging Face layout, one of our
+            exports, or a hub id when online.
+        rope: "released", "dinov3" or "dinov3_2d"; None takes what config.json says, else the family's own.
+        dtype: of the activations; None is float32 on a CPU and bfloat16 on accelerators.
+    """
+    from omnistream_jax import model
+
+    return model.load(path, rope=rope, dtype=dtype)

@@ -1,0 +1,117 @@
+"""Reading and writing directories of `config.json` + `model.safetensors`, with errors that name the file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_PICKLED = {".bin", ".pth", ".pt", ".ckpt", ".pkl"}
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read, or do not fit; the message names the file and what was expected."""
+
+
+def find_directory(path: str | os.PathLike) -> Path:
+    """The local directory of `path`: itself, or a snapshot of the hub repository of that name."""
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.suffix in _PICKLED:
+        raise WeightsError(_pickle_message(directory))
+    if directory.exists():
+        raise WeightsError(f"{directory}: expected a directory with {CONFIG_NAME} and {WEIGHTS_NAME}, got a file")
+    name = os.fspath(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise WeightsError(f"{directory}: no such directory")
+    from huggingface_hub import snapshot_download  # costs a second to import, and only the hub needs it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "*.safetensors", INDEX_NAME]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{name}: neither a local directory nor a hub repository that could be downloaded ({reason})"
+        ) from error
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path}: pickled weights are refused, because unpickling a file can run any code in it. "
+        "Convert it where you trust it: load it in PyTorch and write `safetensors.torch.save_file(state_dict, "
+        f'"{WEIGHTS_NAME}")` beside {CONFIG_NAME}'
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; WeightsError if the file is missing or is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of `model.safetensors`, or of the shards that its index names."""
+    single, index = directory / WEIGHTS_NAME, directory / INDEX_NAME
+    if single.exists():
+        return _read_file(single)
+    if index.exists():
+        return _read_shards(index)
+    pickled = sorted(path for path in directory.iterdir() if path.suffix in _PICKLED)
+    if pickled:
+        raise WeightsError(_pickle_message(pickled[0]))
+    raise WeightsError(f"{directory}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found neither")
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightsError(f"{index}: expected an object 'weight_map' from tensor names to file names")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise WeightsError(f"{index}: the shard {shard!r} is not a plain file name")
+        content = _read_file(index.parent / shard)
+        listed = {name for name, file in weight_map.items() if file == shard}
+        if listed != set(content):
+            missing, extra = sorted(listed - set(content)), sorted(set(content) - listed)
+            raise WeightsError(f"{index.parent / shard}: missing {missing}, not in the index {extra}")
+        tensors.update(content)
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def write_directory(directory: str | os.PathLike, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write config.json and model.safetensors, each aside and then renamed, the weights first."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as aside:
+        weights, text = Path(aside) / WEIGHTS_NAME, Path(aside) / CONFIG_NAME
+        save_file(dict(tensors), weights, metadata={"format": "pt"})
+        text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(weights, directory / WEIGHTS_NAME)
+        os.replace(text, directory / CONFIG_NAME)

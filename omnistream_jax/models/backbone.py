@@ -1,0 +1,264 @@
+"""The frame-causal vision transformer (OmniStream Sec. 3.2): whole clips, and one frame at a time with a cache.
+
+Letters: B clips or streams, T frames, H x W pixels, p patch side, h = H/p, w = W/p, d width, R registers,
+P = specials + h*w tokens a frame in the order CLS, (CAM), REG x R, patches row-major.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from omnistream_jax.models.block import Block, LayerNorm
+from omnistream_jax.models.presets import BackboneConfig
+from omnistream_jax.ops.attention import attention, frame_causal_attention
+from omnistream_jax.ops.cache import BlockCache, frame_slot, visible_slots, write_frame
+from omnistream_jax.ops.images import normalize_frames, patchify
+from omnistream_jax.ops.rope import rope_tables
+
+
+@struct.dataclass
+class BackboneOutput:
+    """Features of T frames; absent fields are None.
+
+    Attributes:
+        patches: [B, T, h, w, d] after the final norm.
+        cls: [B, T, d] after the final norm.
+        registers: [B, T, R, d] after the final norm.
+        camera: [B, T, d] after the final norm, or None without the camera token.
+        hidden: the chosen blocks' outputs before the final norm, each [B, T, P, d].
+    """
+
+    patches: jax.Array
+    cls: jax.Array
+    registers: jax.Array
+    camera: jax.Array | None
+    hidden: tuple[jax.Array, ...]
+
+
+class Backbone(nn.Module):
+    """A DINOv3 ViT made frame-causal.
+
+    Attributes:
+        config: sizes and mathematics.
+        dtype: of the activations; parameters are float32.
+        remat: recompute each block's activations in the backward pass instead of keeping them.
+    """
+
+    config: BackboneConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        """Declare the parameters; those of all blocks are stacked along a leading axis [depth, ...]."""
+        config = self.config
+        width, small = config.width, nn.initializers.normal(0.02)
+        patch_values = 3 * config.patch_size**2
+        bound = patch_values**-0.5
+        self.patch_kernel = self.param(
+            "patch_kernel", lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound),
+            (patch_values, width),
+        )  # fmt: skip
+        self.patch_bias = self.param("patch_bias", nn.initializers.zeros, (width,))
+        self.cls_token = self.param("cls_token", small, (width,))
+        self.mask_token = self.param("mask_token", nn.initializers.zeros, (width,))
+        self.register_tokens = self.param("register_tokens", small, (config.token_versions, config.registers, width))
+        if config.camera:
+            self.camera_tokens = self.param("camera_tokens", small, (config.token_versions, width))
+            self.aspect_kernel = self.param("aspect_kernel", small, (width,))
+            self.aspect_bias = self.param("aspect_bias", nn.initializers.zeros, (width,))
+        self.blocks = self.param("blocks", self._init_blocks)
+        self.norm = LayerNorm(config.norm_epsilon, self.dtype)
+
+    def _block(self) -> Block:
+        return Block(self.config, self.dtype, parent=None)
+
+    def _init_blocks(self, key: jax.Array) -> dict:
+        token = jnp.zeros((1, 1, 1, self.config.width), self.dtype)
+        table = jnp.zeros((1, 1, 1, self.config.head_width))
+
+        def init_one(block_key: jax.Array) -> dict:
+            return self._block().init(block_key, token, (table, table), lambda q, k, v: (v, None))["params"]
+
+        return jax.vmap(init_one)(jax.random.split(key, self.config.depth))
+
+    def __call__(
+        self,
+        frames: jax.Array,
+        *,
+        masks: jax.Array | None = None,
+        rope_scale: tuple[jax.Array | float, jax.Array | float] = (1.0, 1.0),
+        layers: Sequence[int] | None = (),
+        camera_token: bool = False,
+        aspect_ratio: jax.Array | None = None,
+        time_unit: float | None = None,
+        window: int | None = None,
+        sinks: int = 1,
+    ) -> BackboneOutput:
+        """Encode whole clips; T = 1 is an image.
+
+        Args:
+            frames: [B, T, H, W, 3], uint8 or normalised floats.
+            masks: bool, [B, T, h, w] or anything that reshapes to it; True replaces a patch by the mask token.
+            rope_scale: factors on the time and the spatial coordinates, the jitter of training.
+            layers: blocks whose outputs are returned in `hidden`, in that order; None for all.
+            camera_token: add the camera token to each frame.
+            aspect_ratio: height / width [B]; None adds no embedding.
+            time_unit: frames per unit of time; None takes the config's.
+            window, sinks: frames that a query sees, see ops/attention.py.
+        """
+        time, height, width = frames.shape[1:4]
+        layers = select_layers(layers, self.config.depth)
+        index = jnp.arange(time)[None]
+        tokens = self._embed(frames, index, masks, camera_token, aspect_ratio)
+        rope = self._rope(index, height, width, camera_token, time_unit, rope_scale)
+
+        def attend(query, key, value):
+            return frame_causal_attention(query, key, value, window=window, sinks=sinks), None
+
+        def run_block(x, params):
+            return self._block().apply({"params": params}, x, rope, attend)[0]
+
+        if self.remat:
+            run_block = jax.checkpoint(run_block)
+        tokens, hidden = _scan_blocks(run_block, tokens, self.blocks, layers, self.config.depth)
+        return self._output(tokens, hidden, (height, width), camera_token)
+
+    def step(
+        self,
+        frame: jax.Array,
+        cache: tuple[BlockCache, ...],
+        frame_index: jax.Array,
+        *,
+        layers: Sequence[int] | None = (),
+        camera_token: bool = False,
+        aspect_ratio: jax.Array | None = None,
+        time_unit: float | None = None,
+        window: int | None = None,
+        sinks: int = 1,
+    ) -> tuple[BackboneOutput, tuple[BlockCache, ...]]:
+        """Encode the next frame of each stream; equals the clip's pass frame by frame.
+
+        Args:
+            frame: [B, 1, H, W, 3].
+            cache: one BlockCache per block, capacity >= window, or > max(frame_index) without a window.
+            frame_index: int32 [B], each frame's index in its stream.
+            layers, camera_token, aspect_ratio, time_unit, window, sinks: as in `__call__`.
+
+        Returns:
+            The output with T = 1, and the cache with this frame in it.
+        """
+        height, width = frame.shape[2:4]
+        layers = select_layers(layers, self.config.depth)
+        tokens = self._embed(frame, frame_index[:, None], None, camera_token, aspect_ratio)
+        rope = self._rope(frame_index[:, None], height, width, camera_token, time_unit, (1.0, 1.0))
+        slot = frame_slot(frame_index, window, sinks)
+
+        outputs, new_cache = [], []
+        for i, block_cache in enumerate(cache):  # unrolled: a scan would copy every block's cache
+
+            def attend(query, key, value, block_cache=block_cache):
+                written = write_frame(block_cache, key[:, 0], value[:, 0], slot)
+                return _attend_cache(query, written, frame_index), written
+
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks)
+            tokens, written = self._block().apply({"params": params}, tokens, rope, attend)
+            new_cache.append(written)
+            outputs.append(tokens)
+        hidden = tuple(outputs[i] for i in layers)
+        return self._output(tokens, hidden, (height, width), camera_token), tuple(new_cache)
+
+    def special_tokens(self, camera_token: bool) -> int:
+        """Tokens before the patches of a frame: CLS, perhaps CAM, and the registers."""
+        return 1 + int(camera_token) + self.config.registers
+
+    def _embed(self, frames, frame_index, masks, camera_token, aspect_ratio) -> jax.Array:
+        """Frames [B, T, H, W, 3] and their indices [B or 1, T] to tokens [B, T, P, d]."""
+        config = self.config
+        batch, time = frames.shape[:2]
+        pixels = patchify(normalize_frames(frames), config.patch_size).astype(self.dtype)
+        patches = pixels @ self.patch_kernel.astype(self.dtype) + self.patch_bias.astype(self.dtype)
+        if masks is not None:
+            masks = masks.reshape(patches.shape[:3])[..., None]
+            patches = jnp.where(masks, self.mask_token.astype(self.dtype), patches)
+
+        def for_frame(versions: jax.Array) -> jax.Array:  # [versions, ...] -> [B, T, ...]
+            later = (frame_index > 0).astype(jnp.int32) if config.token_versions == 2 else jnp.zeros_like(frame_index)
+            chosen = versions.astype(self.dtype)[later]
+            return jnp.broadcast_to(chosen, (batch, time, *chosen.shape[2:]))
+
+        tokens = [jnp.broadcast_to(self.cls_token.astype(self.dtype), (batch, time, 1, config.width))]
+        if camera_token:
+            camera = for_frame(self.camera_tokens)
+            if aspect_ratio is not None:
+                log_ratio = jnp.log(aspect_ratio.astype(jnp.float32))[:, None, None]
+                camera = camera + (log_ratio * self.aspect_kernel + self.aspect_bias).astype(self.dtype)
+            tokens.append(camera[:, :, None])
+        return jnp.concatenate([*tokens, for_frame(self.register_tokens), patches], axis=2)
+
+    def _rope(self, frame_index, height, width, camera_token, time_unit, scale) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        return rope_tables(
+            frame_index,
+            height // config.patch_size,
+            width // config.patch_size,
+            head_width=config.head_width,
+            special_tokens=self.special_tokens(camera_token),
+            layout=config.rope,
+            base=config.rope_base,
+            time_unit=config.time_unit if time_unit is None else time_unit,
+            scale=scale,
+        )
+
+    def _output(self, tokens, hidden, image_size, camera_token) -> BackboneOutput:
+        normed = self.norm(tokens)
+        specials = self.special_tokens(camera_token)
+        rows, columns = (side // self.config.patch_size for side in image_size)
+        return BackboneOutput(
+            patches=normed[:, :, specials:].reshape(*normed.shape[:2], rows, columns, -1),
+            cls=normed[:, :, 0],
+            registers=normed[:, :, specials - self.config.registers : specials],
+            camera=normed[:, :, 1] if camera_token else None,
+            hidden=hidden,
+        )
+
+
+def select_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """The blocks that `layers` names, all for None; ValueError for an index outside 0 .. depth - 1."""
+    if layers is None:
+        return tuple(range(depth))
+    layers = tuple(int(i) for i in layers)
+    wrong = [i for i in layers if not 0 <= i < depth]
+    if wrong:
+        raise ValueError(f"layers: expected block indices 0 to {depth - 1}, got {wrong}")
+    return layers
+
+
+def _attend_cache(query: jax.Array, cache: BlockCache, frame_index: jax.Array) -> jax.Array:
+    """One frame's queries [B, 1, P, H, D] to every written slot of the cache."""
+    batch, capacity, tokens = cache.key.shape[:3]
+    keys, values = (leaf.reshape(batch, capacity * tokens, *leaf.shape[3:]) for leaf in (cache.key, cache.value))
+    visible = jnp.repeat(visible_slots(frame_index, capacity), tokens, axis=1)[:, None, None]
+    return attention(query[:, 0], keys.astype(query.dtype), values.astype(query.dtype), visible)[:, None]
+
+
+def _scan_blocks(run_block, tokens, stacked, layers, depth) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Scan over the blocks in stages that end at the chosen layers, so that only those outputs are kept."""
+    if set(layers) == set(range(depth)):  # one scan compiles faster than a stage for every block
+
+        def body(x, params):
+            x = run_block(x, params)
+            return x, x
+
+        tokens, outputs = jax.lax.scan(body, tokens, stacked)
+        return tokens, tuple(outputs[i] for i in layers)
+
+    kept, start = {}, 0
+    for end in sorted({*layers, depth - 1}):
+        stage = jax.tree.map(lambda leaf, a=start, b=end + 1: leaf[a:b], stacked)
+        tokens, _ = jax.lax.scan(lambda x, params: (run_block(x, params), None), tokens, stage)
+        kept[end] = tokens
+        start = end + 1
+    return tokens, tuple(kept[i] for i in layers)

@@ -1,0 +1,110 @@
+"""One transformer block: x += ls1 * attention(norm1(x)); x += ls2 * mlp(norm2(x)).
+
+The block does not know where keys and values come from: the caller passes `attend`, a function of the rotated query,
+key and value of the present frames, which returns the attended values and whatever it has to carry (a cache).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from omnistream_jax.models.presets import BackboneConfig
+from omnistream_jax.ops.rope import apply_rope
+
+# (query, key, value), each [B, T, P, H, D] -> (attended [B, T, P, H, D], carry)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+_KERNEL_INIT = nn.initializers.truncated_normal(0.02)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in float32, returned in `dtype`."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., d] -> [..., d]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * scale + bias).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; queries, keys and values come from one kernel."""
+
+    config: BackboneConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        """x [B, T, P, d], rope tables [B or 1, T, P, D] -> ([B, T, P, d], carry)."""
+        config = self.config
+        heads, head_width = config.heads, config.head_width
+        kernel = self.param("qkv_kernel", _KERNEL_INIT, (config.width, 3, heads, head_width))
+        has_bias = {"query": config.query_bias, "key": config.key_bias, "value": config.value_bias}
+        zeros = nn.initializers.zeros
+        biases = [
+            self.param(f"{name}_bias", zeros, (heads, head_width)) if exists else jnp.zeros((heads, head_width))
+            for name, exists in has_bias.items()
+        ]
+        qkv = jnp.einsum("btpd,dche->btpche", x, kernel.astype(self.dtype)) + jnp.stack(biases).astype(self.dtype)
+        query, key, value = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        attended, carry = attend(apply_rope(query, *rope), apply_rope(key, *rope), value)
+        projection = nn.DenseGeneral(
+            config.width,
+            axis=(-2, -1),
+            use_bias=config.projection_bias,
+            dtype=self.dtype,
+            kernel_init=_KERNEL_INIT,
+            name="projection",
+        )
+        return projection(attended), carry
+
+
+class Mlp(nn.Module):
+    """GELU(x W1) W2, or SwiGLU (silu(x W1) * x W2) W3."""
+
+    config: BackboneConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., d] -> [..., d]."""
+        config = self.config
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=config.mlp_bias, dtype=self.dtype, kernel_init=_KERNEL_INIT, name=name)
+
+        hidden = dense(config.mlp_width, "hidden")(x)
+        if config.mlp == "swiglu":
+            hidden = nn.silu(dense(config.mlp_width, "gate")(x)) * hidden
+        else:
+            hidden = nn.gelu(hidden, approximate=False)
+        return dense(config.width, "output")(hidden)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with LayerScale on both branches."""
+
+    config: BackboneConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        """x [B, T, P, d] -> ([B, T, P, d], carry of `attend`)."""
+        config = self.config
+        scale_init = nn.initializers.constant(config.layer_scale)
+        scales = [self.param(f"layer_scale{i}", scale_init, (config.width,)).astype(self.dtype) for i in (1, 2)]
+        normed = LayerNorm(config.norm_epsilon, self.dtype, name="norm1")(x)
+        attended, carry = Attention(config, self.dtype, name="attention")(normed, rope, attend)
+        x = x + scales[0] * attended
+        normed = LayerNorm(config.norm_epsilon, self.dtype, name="norm2")(x)
+        return x + scales[1] * Mlp(config, self.dtype, name="mlp")(normed), carry

@@ -1,0 +1,111 @@
+"""Attention over frames. B clips, T frames, P tokens a frame, H heads of width D.
+
+Frame-causality (OmniStream eq. 3-4) is block-wise: a token sees all tokens of its own and of earlier frames,
+
+    frame      0 1 2 3
+    query 0    x . . .
+    query 1    x x . .
+    query 2    x x x .
+    query 3    x x x x
+
+so the queries of a frame meet a static prefix of the keys and no mask is needed. A window of W frames with S sinks
+keeps the first S frames and the newest W - S of that prefix.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Up to this many groups of frames are unrolled; longer clips put several frames in a group.
+_UNROLLED_GROUPS = 16
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+    """Softmax attention, the reference that faster paths are held to.
+
+    Args:
+        query: [B, N, H, D].
+        key, value: [B, S, H, D].
+        visible: bool, broadcastable to [B, H, N, S]; None shows every key. Each query must see at least one.
+
+    Returns:
+        [B, N, H, D] in the query's dtype; scores and softmax are float32.
+    """
+    scores = jnp.einsum("bnhd,bshd->bhns", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    if visible is not None:
+        scores = jnp.where(visible, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhns,bshd->bnhd", weights, value)
+
+
+def check_window(window: int | None, sinks: int) -> None:
+    """Raise ValueError unless the window holds its sinks and at least one more frame, the query's own."""
+    if sinks < 0:
+        raise ValueError(f"sinks: expected a number of frames >= 0, got {sinks}")
+    if window is not None and window < sinks + 1:
+        raise ValueError(
+            f"window: {window} frames cannot hold {sinks} sinks and the query's own frame; expected >= {sinks + 1}"
+        )
+
+
+def _frame_sees(query_frame: jax.Array, key_frame: jax.Array, window: int | None, sinks: int) -> jax.Array:
+    causal = key_frame <= query_frame
+    if window is None:
+        return causal
+    return causal & ((key_frame < sinks) | (key_frame > query_frame - (window - sinks)))
+
+
+def _visible_prefix(tokens: jax.Array, frame: int, window: int | None, sinks: int) -> jax.Array:
+    """The frames of [B, T, ...] that `frame` sees, as [B, visible, ...]."""
+    start = 0 if window is None else max(sinks, frame + 1 - (window - sinks))
+    if start <= sinks:
+        return tokens[:, : frame + 1]
+    return jnp.concatenate([tokens[:, :sinks], tokens[:, start : frame + 1]], axis=1)
+
+
+def _flat(tokens: jax.Array) -> jax.Array:
+    batch, frames, per_frame, *rest = tokens.shape
+    return tokens.reshape(batch, frames * per_frame, *rest)
+
+
+def frame_causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, window: int | None = None, sinks: int = 1
+) -> jax.Array:
+    """Frame-causal attention of a whole clip, OmniStream eq. 3-4.
+
+    Args:
+        query, key, value: [B, T, P, H, D], already rotated.
+        window: frames that a query sees, its own and the sinks included; None sees all earlier ones.
+        sinks: first frames that stay visible under a window.
+
+    Returns:
+        [B, T, P, H, D].
+    """
+    check_window(window, sinks)
+    frames = query.shape[1]
+    if frames <= _UNROLLED_GROUPS:
+        outputs = [
+            attention(
+                query[:, t],
+                _flat(_visible_prefix(key, t, window, sinks)),
+                _flat(_visible_prefix(value, t, window, sinks)),
+            )
+            for t in range(frames)
+        ]
+        return jnp.stack(outputs, axis=1)
+
+    per_group = -(-frames // _UNROLLED_GROUPS)
+    per_frame = query.shape[2]
+    outputs = []
+    for start in range(0, frames, per_group):
+        stop = min(start + per_group, frames)
+        keys, values = _flat(key[:, :stop]), _flat(value[:, :stop])
+        key_frame = jnp.arange(stop * per_frame) // per_frame
+
+        def one_frame(item, keys=keys, values=values, key_frame=key_frame):
+            frame, frame_query = item
+            return attention(frame_query, keys, values, _frame_sees(frame, key_frame, window, sinks))
+
+        group = jnp.moveaxis(query[:, start:stop], 1, 0)
+        outputs.append(jax.lax.map(one_frame, (jnp.arange(start, stop), group)))
+    return jnp.moveaxis(jnp.concatenate(outputs), 0, 1)

@@ -1,0 +1,167 @@
+"""Streaming: the state of a batch of streams, and the one compiled program that advances it.
+
+The program is a `scan` over the frames of a chunk; each iteration runs the backbone on one new frame of every stream
+against its key-value cache. It is compiled once per chunk length and cache capacity: a windowed stream keeps one
+capacity for ever, an unbounded one moves through the buckets of `bucket_capacity`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from omnistream_jax.models.backbone import Backbone, BackboneOutput
+from omnistream_jax.ops.cache import BlockCache, empty_cache, grow_cache
+
+# Capacities in frames: 16, 64, 128, 256, ... The first step is a factor 4 because short buffers cost little.
+_FIRST_BUCKET, _SECOND_BUCKET = 16, 64
+
+
+def bucket_capacity(frames: int) -> int:
+    """The smallest capacity bucket that holds `frames` frames."""
+    if frames <= _FIRST_BUCKET:
+        return _FIRST_BUCKET
+    return max(_SECOND_BUCKET, 1 << (frames - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """What is fixed when a stream is opened, and therefore compiled in; the fields are those of `open_stream`."""
+
+    batch: int
+    height: int
+    width: int
+    window: int | None
+    sinks: int
+    layers: tuple[int, ...]
+    camera_token: bool
+    time_unit: float
+
+
+@struct.dataclass
+class StreamState:
+    """The arrays of a batch of streams.
+
+    Attributes:
+        cache: one BlockCache per block.
+        frame_index: int32 [B], the index that each stream's next frame will have.
+        aspect_ratio: float32 [B], height / width for the camera token, or None.
+    """
+
+    cache: tuple[BlockCache, ...]
+    frame_index: jax.Array
+    aspect_ratio: jax.Array | None
+
+    @property
+    def capacity(self) -> int:
+        """Frames that the cache holds."""
+        return self.cache[0].capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A batch of streams: fixed options, the state on the device, and the host's copy of the frame indices.
+
+    A value, not an object with memory: `Model.step` returns the next one and consumes the cache of the last.
+    """
+
+    options: StreamOptions
+    state: StreamState
+    frame_index: np.ndarray  # int64 [B]; lets the capacity be chosen without waiting for the device
+
+    def reset(self, index: int | np.ndarray) -> "Stream":
+        """Start some streams anew; the others keep every bit.
+
+        Args:
+            index: which streams: an int, an integer array, or a bool mask [B].
+        """
+        mask = _stream_mask(index, self.options.batch)
+        return dataclasses.replace(
+            self, state=_reset_program(self.state, mask), frame_index=np.where(mask, 0, self.frame_index)
+        )
+
+
+def open_state(backbone: Backbone, options: StreamOptions, aspect_ratio: np.ndarray | None) -> StreamState:
+    """The state before the first frame."""
+    config = backbone.config
+    patches = (options.height // config.patch_size) * (options.width // config.patch_size)
+    tokens = patches + 1 + int(options.camera_token) + config.registers
+    capacity = options.window if options.window is not None else bucket_capacity(1)
+    cache = tuple(
+        empty_cache(options.batch, capacity, tokens, config.heads, config.head_width, backbone.dtype)
+        for _ in range(config.depth)
+    )
+    return StreamState(
+        cache=cache,
+        frame_index=jnp.zeros((options.batch,), jnp.int32),
+        aspect_ratio=None if aspect_ratio is None else jnp.asarray(aspect_ratio, jnp.float32),
+    )
+
+
+def advance(
+    backbone: Backbone, params: dict, stream: Stream, frames: jax.Array | np.ndarray
+) -> tuple[BackboneOutput, Stream]:
+    """Feed frames [B, n, H, W, 3] to a stream: features [B, n, ...] and the stream after them."""
+    state = stream.state
+    frame_index = stream.frame_index + frames.shape[1]
+    if stream.options.window is None and (needed := int(frame_index.max())) > state.capacity:
+        state = _grow_program(state, bucket_capacity(needed))
+    out, state = step_program(backbone, stream.options, params, state, frames)
+    return out, dataclasses.replace(stream, state=state, frame_index=frame_index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def step_program(
+    backbone: Backbone, options: StreamOptions, params: dict, state: StreamState, frames: jax.Array
+) -> tuple[BackboneOutput, StreamState]:
+    """The compiled step: scan over the frames [B, n, H, W, 3] of a chunk; the state is donated."""
+
+    def one_frame(state: StreamState, frame: jax.Array) -> tuple[StreamState, BackboneOutput]:
+        out, cache = backbone.apply(
+            {"params": params},
+            frame[:, None],
+            state.cache,
+            state.frame_index,
+            layers=options.layers,
+            camera_token=options.camera_token,
+            aspect_ratio=state.aspect_ratio,
+            time_unit=options.time_unit,
+            window=options.window,
+            sinks=options.sinks,
+            method="step",
+        )
+        out = jax.tree.map(lambda leaf: leaf[:, 0], out)
+        return state.replace(cache=cache, frame_index=state.frame_index + 1), out
+
+    state, out = jax.lax.scan(one_frame, state, jnp.moveaxis(frames, 1, 0))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), out), state
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _grow_program(state: StreamState, capacity: int) -> StreamState:
+    return state.replace(cache=tuple(grow_cache(block, capacity) for block in state.cache))
+
+
+@jax.jit
+def _reset_program(state: StreamState, mask: jax.Array) -> StreamState:
+    # The slots are zeroed and not only hidden: a NaN left in one would leak through its zero weight.
+    def clear(leaf: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(-1, *[1] * (leaf.ndim - 1)), jnp.zeros((), leaf.dtype), leaf)
+
+    return state.replace(cache=jax.tree.map(clear, state.cache), frame_index=clear(state.frame_index))
+
+
+def _stream_mask(index: int | np.ndarray, batch: int) -> np.ndarray:
+    index = np.asarray(index)
+    if index.dtype == bool:
+        if index.shape != (batch,):
+            raise ValueError(f"reset: expected a bool mask of shape ({batch},), got {index.shape}")
+        return index
+    if not np.issubdtype(index.dtype, np.integer) or np.any((index < 0) | (index >= batch)):
+        raise ValueError(f"reset: expected stream indices 0 to {batch - 1}, got {index.tolist()}")
+    mask = np.zeros(batch, bool)
+    mask[index] = True
+    return mask
