@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omnistream_jax.convert import layouts
-from omnistream_jax.models.backbone import Backbone, BackboneOutput, select_layers
+from omnistream_jax.models.backbone import Backbone, BackboneOutput, default_dtype, select_layers
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.ops.attention import check_window
 from omnistream_jax.stream import Stream, StreamOptions, advance, open_state
@@ -204,11 +204,6 @@ def load(path: str | os.PathLike, rope: str | None = None, dtype: Any = None) ->
         source=weights.source,
         storage_dtype=weights.storage_dtype,
     )
-
-
-def default_dtype() -> Any:
-    """Float32 on a CPU, bfloat16 on accelerators."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def _floating_dtype(dtype: Any) -> Any:

@@ -225,6 +225,11 @@ class Backbone(nn.Module):
         )
 
 
+def default_dtype() -> jnp.dtype:
+    """Of the activations: float32 on a CPU, bfloat16 on accelerators."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
 def select_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """The blocks that `layers` names, all for None; ValueError for an index outside 0 .. depth - 1."""
     if layers is None:

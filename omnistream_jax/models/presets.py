@@ -53,7 +53,7 @@ class BackboneConfig:
                 raise ValueError(f"{field}: expected a positive number, got {getattr(self, field)}")
         if self.width % self.heads or self.head_width % 8:
             raise ValueError(
-                f"heads: width {self.width} must split into heads whose width is a multiple of 8, got {self.heads} heads"
+                f"heads: width {self.width} must split into {self.heads} heads whose width is a multiple of 8"
             )
         if self.mlp not in ("gelu", "swiglu"):
             raise ValueError(f"mlp: expected 'gelu' or 'swiglu', got {self.mlp!r}")

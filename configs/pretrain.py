@@ -1,0 +1,139 @@
+"""Pre-training of the streaming backbone.
+
+    python -m omnistream_jax.main --config=configs/pretrain.py[:RECIPE] [--workdir=DIR] [--config.field=value ...]
+
+(no argument)   The quick start: a tiny model on the photographs and videos that come with the package. A CPU of 2
+                cores, under 5 minutes and 6 GB. It promises pictures, not quality. Writes runs/quickstart.
+stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
+stage2          The paper's second stage: 120,000 steps at 512 x 512, from stage 1's `model` directory.
+
+The paper's recipes need data and, as in the paper, DINOv3's weights to start from:
+
+    --config.tasks.image_ssl.paths=DIR[,DIR...]    photographs: folders, or .txt lists of files
+    --config.tasks.clip_ssl.paths=DIR[,DIR...]     videos, likewise
+    --config.init.backbone=DIR                     DINOv3 in the Hugging Face layout, or one of our exports
+
+So far they train the self-supervised objective only; geometry and language join as they are built. Batches are split
+over all devices; running the same command again goes on from the last checkpoint.
+"""
+
+from ml_collections import ConfigDict
+
+RECIPES = ("", "stage1", "stage2")
+
+
+def get_config(recipe: str = "") -> ConfigDict:
+    """The config of a recipe, with every field that there is."""
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(name or '(none)' for name in RECIPES)}")
+    config = _paper()
+    if recipe == "stage2":
+        _second_stage(config)
+    elif recipe == "":
+        _quick_start(config)
+    return config
+
+
+def _paper() -> ConfigDict:
+    config = ConfigDict()
+    config.job = "train"
+    config.name = "stage1"  # without --workdir the run lies in runs/NAME
+    config.seed = 0
+    config.steps = 60_000
+
+    # Sizes: tiny, small, base, large (models/presets.py). patch_size 0 is the preset's. dtype auto: bfloat16 on
+    # accelerators. remat recomputes each block in the backward pass, for less memory.
+    config.model = ConfigDict(
+        {"preset": "large", "patch_size": 0, "rope": "dinov3", "time_unit": 16, "dtype": "auto", "remat": False}
+    )
+    config.init = ConfigDict({"backbone": ""})
+
+    # Adam as in the paper. DINOv3's defaults where it is silent: the gradient's global norm is clipped at clip_norm
+    # (0: not), and the heads' prototypes wait for freeze_prototypes_steps.
+    config.optimizer = ConfigDict(
+        {
+            "peak": 1e-4,
+            "warmup_steps": 4_000,
+            "final": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "clip_norm": 3.0,
+            "freeze_prototypes_steps": 1_250,
+        }
+    )
+
+    config.self_supervision = ConfigDict(
+        {
+            "prototypes": 65_536,
+            "head_hidden": 2_048,
+            "head_bottleneck": 256,
+            "student_temperature": 0.1,
+            "teacher_temperature": (0.04, 0.07),
+            "teacher_warmup_steps": 30_000,
+            "teacher_momentum": (0.994, 1.0),
+            "local_weight": 0.5,
+            "koleo_weight": 0.1,
+            "rope_jitter": 2.0,
+            # The Gram teacher is the pre-trained backbone of init.backbone; without one, copies of the EMA teacher,
+            # the first after first_snapshot steps (the term is off before), then every snapshot_every (0: never).
+            # size: side of its crops in pixels where it is not the student's (0).
+            "gram": {"weight": 1.0, "size": 0, "first_snapshot": 10_000, "snapshot_every": 10_000},
+        }
+    )
+
+    # One entry a task; weight 0 leaves it out. Batch sizes are samples a step over all devices.
+    # paths: folders or .txt lists, separated by commas; "embedded" is what comes with the package.
+    image = {
+        "kind": "image",
+        "weight": 0.1,
+        "paths": "",
+        "batch_size": 1_024,
+        "global_size": 224,
+        "local_size": 96,
+        "local_crops": 2,
+    }
+    clip = {**image, "kind": "clip", "batch_size": 64, "frames": 16, "stride": (1, 4)}
+    config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip})
+
+    config.loader = ConfigDict({"workers": 8, "prefetch": 2})
+    config.log_every = 50
+    config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 20_000})
+    # At the end, on held-out frames that come with the package: patch retrieval and features.png, at this side.
+    config.evaluation = ConfigDict({"frames": 8, "size": 224})
+    return config
+
+
+def _second_stage(config: ConfigDict) -> None:
+    config.name = "stage2"
+    config.steps = 120_000
+    config.model.remat = True
+    for task in config.tasks.values():
+        task.global_size = 512
+        task.local_size = 224
+
+
+def _quick_start(config: ConfigDict) -> None:
+    config.name = "quickstart"
+    config.steps = 400
+    config.model.preset = "tiny"
+    config.optimizer.update({"peak": 1e-3, "warmup_steps": 40, "freeze_prototypes_steps": 60})
+    config.self_supervision.update(
+        {
+            "prototypes": 1_024,
+            "head_hidden": 256,
+            "head_bottleneck": 256,
+            "teacher_warmup_steps": 100,
+            "teacher_momentum": (0.98, 1.0),
+        }
+    )
+    config.self_supervision.gram.update({"first_snapshot": 100, "snapshot_every": 100})
+    config.tasks.image_ssl.update(
+        {"paths": "embedded", "batch_size": 16, "global_size": 96, "local_size": 48, "weight": 1.0}
+    )
+    config.tasks.clip_ssl.update(
+        {"paths": "embedded", "batch_size": 4, "global_size": 96, "local_size": 48, "frames": 4, "weight": 1.0}
+    )
+    config.loader.update({"workers": 0, "prefetch": 4})
+    config.log_every = 10
+    config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
+    config.evaluation.size = 224

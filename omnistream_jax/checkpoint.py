@@ -1,0 +1,368 @@
+"""Checkpoints of the training state: saved whole, verified when restored.
+
+Orbax writes and reads the arrays. It loads a flipped bit without a word, so each checkpoint carries a record
+of our own: the step, every array's name, shape and type, a fingerprint of its bits
+(`utils.trees.fingerprint`), the caller's metadata, and a digest over all of this. A checkpoint is whole when
+the record agrees with its digest, its step with the directory's name, and the loaded arrays with their
+fingerprints.
+
+    DIR/100/  DIR/200/        whole ones, by step
+    DIR/300.bad/              was found damaged at a restore and put aside; never read again
+    DIR/400.orbax-...-tmp/    was being written when the process died; removed at the next save
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as orbax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from omnistream_jax.utils.trees import describe, fingerprint, named_leaves, nest
+
+ocp = orbax.v1
+_FORMAT = 1  # of the record
+_ITEM = "state"  # the folder of the arrays in a step's directory
+_COMMIT_FILE = "commit_success.txt"
+_NOT_DAMAGE = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)  # of the machine
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved or restored; the message names the directory and the step."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A whole checkpoint holds other arrays than the ones asked for; the message lists the differences."""
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not whole; the message says what is wrong with it."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory.
+
+    Args:
+        directory: where the steps lie; made where it is missing, unless `read_only`.
+        keep_last: how many of the newest are kept, at least 1. With 1, there is none to fall back on.
+        keep_every: also keep the steps that are multiples of this; None keeps no others.
+        read_only: for readers beside a run: saves nothing, puts nothing aside, and the directory must exist.
+
+    Raises CheckpointError where the directory is missing (`read_only`) or cannot be used. All processes of a
+    run call every method together.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        read_only: bool = False,
+    ):
+        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"keep_last and keep_every must be 1 or more, got {keep_last} and {keep_every}")
+        self.directory = Path(directory).absolute()
+        self._keep_last, self._keep_every, self._read_only = keep_last, keep_every, read_only
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._pending: tuple[int, ocp.AsyncResponse] | None = None
+        _prepare_directory(self.directory, make=not read_only)
+
+    def steps(self) -> list[int]:
+        """Steps that have a directory, ascending; whole or not, the one still being written left out."""
+        names = (path.name for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if _is_step(name))
+
+    # Saving
+
+    def save(self, step: int, state: object, metadata: dict | None = None) -> None:
+        """Saves the state as it is now; the files are written in the background, one save at a time.
+
+        Args:
+            step: not yet among `steps()`.
+            state: tree of `jax.Array` or `np.ndarray` leaves of at least one element; None is no leaf, PRNG
+                keys are given as `jax.random.key_data`.
+            metadata: JSON values, handed back by `restore_latest`.
+
+        Raises CheckpointError where this save cannot begin or the one before has failed in the background.
+        """
+        if self._read_only:
+            raise CheckpointError(f"checkpoints in {self.directory} were opened for reading only")
+        self.wait()
+        if (self.directory / str(step)).exists():
+            raise CheckpointError(f"step {step} is already saved in {self.directory}")
+        leaves = named_leaves(state)
+        _check_leaves(leaves)
+        record = _sealed(
+            {
+                "format": _FORMAT,
+                "step": step,
+                "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
+                "fingerprint": fingerprint(leaves),
+                "metadata": metadata or {},
+            }
+        )
+        with self._saving(step):
+            response = self._open().save_async(
+                step, nest(leaves), checkpointable_name=_ITEM, force=True, custom_metadata=record
+            )
+        self._pending = (step, response)
+
+    def wait(self) -> None:
+        """Returns when the background save is on the disk; raises CheckpointError where it has failed."""
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        with self._saving(step):
+            response.result()
+
+    def close(self) -> None:
+        """Waits for the save in the background, as `wait` does, and ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+                self._checkpointer = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        """Orbax's own manager, which lists the directory when made: after damaged steps were put aside."""
+        if self._checkpointer is None:
+            policies = ocp.training.preservation_policies
+            kept = [policies.LatestN(self._keep_last)]
+            if self._keep_every is not None:
+                kept.append(policies.EveryNSteps(self._keep_every))
+            context = ocp.Context()
+            context.async_options.create_directories_asynchronously = False  # a full disk is told at once
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                context=context,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            )
+        return self._checkpointer
+
+    @contextlib.contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax wraps whatever went wrong
+            problem = f"step {step} could not be saved in {self.directory}: {_reason(error)}"
+            raise CheckpointError(problem) from error
+
+    # Restoring
+
+    def restore_latest(self, abstract_state: object, *, partial: bool = False) -> tuple[int, object, dict] | None:
+        """The newest whole checkpoint, or None where there has never been one.
+
+        Args:
+            abstract_state: the expected tree, of arrays or `jax.ShapeDtypeStruct`; a leaf's sharding says
+                where the restored array lies, by default on the first device.
+            partial: the checkpoint may hold more than is asked for.
+
+        Returns:
+            (step, state, metadata), the state of `jax.Array` leaves.
+
+        A damaged checkpoint is put aside with a warning and the one before it is tried. Raises
+        CheckpointMismatchError where a whole one holds other arrays, CheckpointError where there are
+        checkpoints but none is whole, or where the machine failed (memory, permission): then nothing is put
+        aside.
+        """
+        self.wait()
+        steps = self.steps()
+        for step in reversed(steps):
+            damage = None
+            try:
+                state, metadata = self._restore(step, abstract_state, partial)
+            except _DamagedError as error:
+                damage = str(error)
+            if not _any_process(damage is not None):
+                return step, state, metadata
+            self._put_aside(step, damage or "another process found it damaged")
+        aside = sorted(path.name for path in self.directory.glob("*.bad*"))
+        if steps or aside:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is whole (damaged: {', '.join(aside) or steps}). "
+                "To begin anew, remove that directory or choose another --workdir"
+            )
+        return None
+
+    def _restore(self, step: int, abstract_state: object, partial: bool) -> tuple[object, dict]:
+        path = self.directory / str(step)
+        record = _read_record(path, step)
+        wanted = {name: _with_sharding(leaf) for name, leaf in named_leaves(abstract_state).items()}
+        differences = _differences(record["leaves"], wanted, partial)
+        if differences:
+            problem = "\n  ".join([f"checkpoint {path} does not fit this run:", *differences])
+            raise CheckpointMismatchError(problem)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        try:
+            with context:
+                loaded = named_leaves(ocp.load(path, nest(wanted), checkpointable_name=_ITEM))
+        except Exception as error:
+            _raise_unless_damage(error, path)
+            raise _DamagedError(f"its arrays cannot be read: {_reason(error)}") from error
+        found = fingerprint(loaded)
+        changed = [name for name in wanted if found[name] != record["fingerprint"][name]]
+        if changed:
+            raise _DamagedError(f"the bits have changed of {_some(changed)}")
+        leaves = [loaded[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), record["metadata"]
+
+    def _put_aside(self, step: int, damage: str) -> None:
+        path = self.directory / str(step)
+        if self._read_only:
+            logging.warning("Checkpoint %s is damaged: %s. Trying the one before it.", path, damage)
+            return
+        aside = _free_name(self.directory / f"{step}.bad")
+        logging.warning(
+            "Checkpoint %s is damaged: %s. Renamed to %s; trying the one before it.", path, damage, aside.name
+        )
+        if jax.process_index() == 0:
+            path.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} put aside")
+        if self._checkpointer is not None:
+            self._checkpointer.reload()
+
+
+def _prepare_directory(directory: Path, make: bool) -> None:
+    try:
+        if make:
+            directory.mkdir(parents=True, exist_ok=True)
+        elif not directory.is_dir():
+            raise CheckpointError(f"checkpoint directory {directory} does not exist")
+        next(directory.iterdir(), None)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint directory {directory} cannot be used: {error.strerror}") from error
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}{count}") for count in range(2, 1_000_000))
+    return path if not path.exists() else next(name for name in names if not name.exists())
+
+
+def _check_leaves(leaves: dict[str, object]) -> None:
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
+            raise CheckpointError(f"state leaf {name!r} must be an array, got {type(leaf).__name__}")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise CheckpointError(f"state leaf {name!r} is a PRNG key: save jax.random.key_data of it")
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype or leaf.dtype.kind == "c":
+            raise CheckpointError(f"state leaf {name!r} has type {leaf.dtype}, which cannot be restored")
+        if leaf.size == 0:
+            raise CheckpointError(f"state leaf {name!r} of shape {leaf.shape} has no element to save")
+
+
+# The record
+
+
+def _digest(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(record: dict) -> dict:
+    try:
+        record = json.loads(json.dumps(record, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint metadata must be JSON values: {error}") from error
+    return {"record": record, "sha256": _digest(record)}
+
+
+def _read_record(path: Path, step: int) -> dict:
+    """The record of a checkpoint, after its digest and step have been checked."""
+    try:
+        found = ocp.metadata(path)
+        record, digest = found.custom_metadata["record"], found.custom_metadata["sha256"]
+    except Exception as error:
+        _raise_unless_damage(error, path)
+        raise _DamagedError(f"its metadata cannot be read: {_reason(error)}") from error
+    if found.commit_timestamp_nsecs is None or not _commit_file_stands(path):
+        raise _DamagedError("it was not committed")
+    if _digest(record) != digest:
+        raise _DamagedError("its metadata has changed")
+    if record["format"] != _FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {record['format']}, expected {_FORMAT}")
+    if record["step"] != step:
+        raise _DamagedError(f"it holds step {record['step']}")
+    return record
+
+
+def _commit_file_stands(path: Path) -> bool:
+    """Orbax from 0.12.8 on marks both the step and its arrays as committed, the ones before it neither of them."""
+    return (path / _COMMIT_FILE).exists() or not (path / _ITEM / _COMMIT_FILE).exists()
+
+
+def _differences(stored: dict[str, str], wanted: dict[str, object], partial: bool) -> list[str]:
+    """Lines on what is asked for and not stored, stored and not asked for, or of another shape or type."""
+    lines = []
+    for name, leaf in wanted.items():
+        if name not in stored:
+            lines.append(f"{name}: expected {describe(leaf)}, not in it")
+        elif stored[name] != describe(leaf):
+            lines.append(f"{name}: expected {describe(leaf)}, it holds {stored[name]}")
+    if not partial:
+        lines += [f"{name}: {stored[name]} in it, not expected" for name in stored if name not in wanted]
+    return lines
+
+
+def _with_sharding(leaf: object) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+# Errors
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception and those that it wraps, the root last."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    return chain
+
+
+def _reason(error: BaseException) -> str:
+    root = _chain(error)[-1]
+    text = " ".join(str(root).split())
+    return f"{type(root).__name__}: {text[:300]}" + ("..." if len(text) > 300 else "")
+
+
+def _raise_unless_damage(error: Exception, path: Path) -> None:
+    """What the machine did wrong says nothing about the checkpoint, which must then stay where it is."""
+    for link in _chain(error):
+        named = any(word in str(link) for word in _NOT_DAMAGE)
+        if named or isinstance(link, (MemoryError, PermissionError)):
+            raise CheckpointError(f"checkpoint {path} could not be read: {_reason(link)}") from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _any_process(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))

@@ -1,0 +1,135 @@
+"""One stream of steps over all tasks, through Grain: a step's element is {task name: its batch}.
+
+Batches are determined by (seed, step) alone. No iterator state is ever saved: a run resumes by starting at its step,
+and gets bitwise the same batches with any number of workers; with any number of processes, the same global batches.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from omnistream_jax.data.errors import DataError
+
+
+class TaskData(Protocol):
+    """What the pipeline needs of a task's data."""
+
+    def dataset(self, seed: int, process_index: int, process_count: int) -> grain.MapDataset:
+        """Batches of this process, as {name: array}; the index is the step."""
+
+    def describe(self, records: Sequence[int]) -> list[str]:
+        """Names the records of a batch, for error messages."""
+
+
+def build_pipeline(
+    tasks: Mapping[str, TaskData],
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_step: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> Pipeline:
+    """Builds the endless stream of steps from `start_step` on.
+
+    Args:
+      tasks: name -> data of that task. A task's batches do not depend on which others there are.
+      seed: 0 or more.
+      process_index: which of the processes that share every global batch this one is.
+      process_count: how many there are.
+      start_step: the first step to give.
+      workers: processes that make batches, whole steps each; 0 makes them in a thread of this process.
+      prefetch: steps made ahead (by each worker); 0, for workers = 0 only, makes each when it is asked for.
+
+    Raises:
+      DataError: an argument does not fit. Drawing a step raises it, naming the file, when a sample cannot be read.
+    """
+    _check(tasks, seed, process_index, process_count, start_step, workers, prefetch)
+    datasets = [tasks[name].dataset(_task_seed(seed, name), process_index, process_count) for name in tasks]
+    steps = min(len(dataset) for dataset in datasets)  # "endless" datasets are long, not all equally
+    aligned = [dataset[start_step:steps] for dataset in datasets]
+    named = grain.experimental.ZipMapDataset(aligned).map(_Name(tuple(tasks)))
+    in_thread = workers == 0 and prefetch > 0
+    stream = named.to_iter_dataset(
+        grain.ReadOptions(num_threads=1 if in_thread else 0, prefetch_buffer_size=prefetch if in_thread else 0)
+    )
+    if workers > 0:
+        if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers; outside absl.app nobody parses them
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+    return Pipeline(stream, tasks, start_step)
+
+
+class Pipeline(Iterator[dict[str, Any]]):
+    """Iterator over steps; close it, or use `with`: it may hold worker processes and shared memory.
+
+    Attributes:
+      step: the step whose batches `next` gives.
+      tasks: name -> data of that task.
+    """
+
+    def __init__(self, stream: grain.IterDataset, tasks: Mapping[str, TaskData], start_step: int):
+        self.step = start_step
+        self.tasks = dict(tasks)
+        self._iterator = iter(stream)
+
+    def __next__(self) -> dict[str, Any]:
+        batches = next(self._iterator)
+        self.step += 1
+        return batches
+
+    def describe(self, batches: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, list[str]]:
+        """The files that a step's batches came from: {task name: paths}."""
+        return {name: self.tasks[name].describe(batch["record"]) for name, batch in batches.items()}
+
+    def close(self) -> None:
+        """Ends the workers. Further calls of `next` are errors."""
+        self._iterator.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class _Name(grain.transforms.Map):
+    """A tuple of the tasks' batches -> {task name: batch}."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self._names = names
+
+    def map(self, element: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(self._names, element, strict=True))
+
+
+def _task_seed(seed: int, name: str) -> int:
+    """A seed of 32 bits for one task, which does not change when other tasks come or go."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
+
+
+def _check(
+    tasks: Mapping[str, TaskData],
+    seed: int,
+    process_index: int,
+    process_count: int,
+    start_step: int,
+    workers: int,
+    prefetch: int,
+) -> None:
+    if not tasks:
+        raise DataError("tasks: none are given, expected at least one")
+    for field, value in {"seed": seed, "start_step": start_step, "workers": workers, "prefetch": prefetch}.items():
+        if value < 0:
+            raise DataError(f"{field}: {value}, expected 0 or more")
+    if workers > 0 and prefetch == 0:
+        raise DataError("prefetch: 0, expected 1 or more with workers")
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index: {process_index}, expected 0 to {process_count - 1} (process_count - 1)")

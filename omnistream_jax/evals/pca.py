@@ -1,0 +1,85 @@
+"""A picture of patch features: their first three principal components as red, green and blue."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+GAP = 2
+LABEL_HEIGHT = 16
+BACKGROUND = 255
+
+
+def pca_picture(frames: np.ndarray, feature_maps: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Draws a row of frames and, below it, one row per feature map, each with its name above.
+
+    Args:
+        frames: uint8 [T, H, W, 3], the frames of one clip.
+        feature_maps: name -> features [T, h, w, D] of those frames; h, w and D may differ between maps.
+
+    Returns:
+        uint8 [Hp, Wp, 3]: the picture; the same input gives the same bytes.
+
+    Raises:
+        ValueError: frames that are not uint8 [T, H, W, 3], or a map of another shape or not finite.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+        raise ValueError(f"frames: expected uint8 [T, H, W, 3], T >= 1, got {frames.dtype} {frames.shape}")
+    rows = [_labelled_row("frames", frames)]
+    for name, features in feature_maps.items():
+        features = np.asarray(features, np.float32)
+        if features.ndim != 4 or len(features) != len(frames) or min(features.shape) == 0:
+            raise ValueError(f"feature_maps[{name!r}]: expected [{len(frames)}, h, w, D], got {features.shape}")
+        if not np.isfinite(features).all():
+            raise ValueError(f"feature_maps[{name!r}]: expected finite features, got NaN or infinity")
+        colours = principal_colours(features)
+        rows.append(_labelled_row(name, np.stack([_enlarge(tile, frames.shape[1:3]) for tile in colours])))
+    return np.concatenate(rows, axis=0)
+
+
+def principal_colours(features: np.ndarray) -> np.ndarray:
+    """Maps features to colours by the principal components of all their vectors together.
+
+    Each component is stretched from its 1st to its 99th percentile over 0 to 255. Its sign is such that the
+    loading of largest absolute value is positive. A component that does not exist or carries
+    no variance, as all do for constant features, is a flat 128.
+
+    Args:
+        features: [T, h, w, D], finite.
+
+    Returns:
+        uint8 [T, h, w, 3].
+    """
+    vectors = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    centred = vectors - vectors.mean(axis=0)
+    variances, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    variances, axes = variances[::-1][:3], axes[:, ::-1][:, :3]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    # Below this the variance is rounding, of the features themselves or of the decomposition.
+    floor = max(1e-10 * variances[0], 1e-12 * np.mean(np.square(vectors)))
+    colours = np.full((len(vectors), 3), 0.5)
+    for component in np.flatnonzero(variances > floor):
+        scores = centred @ axes[:, component]
+        low, high = np.percentile(scores, (1, 99))
+        if high > low:
+            colours[:, component] = np.clip((scores - low) / (high - low), 0, 1)
+    return np.rint(255 * colours).astype(np.uint8).reshape(*features.shape[:-1], 3)
+
+
+def _enlarge(tile: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[h, w, 3] -> [H, W, 3], nearest neighbour, so that single patches stay visible."""
+    height, width = size
+    return np.asarray(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _labelled_row(label: str, tiles: np.ndarray) -> np.ndarray:
+    """Tiles [T, H, W, 3] side by side under a strip with the label: [LABEL_HEIGHT + H + GAP, Wp, 3]."""
+    count, height, width, _ = tiles.shape
+    row = Image.new("RGB", (count * (width + GAP) - GAP, LABEL_HEIGHT + height + GAP), (BACKGROUND,) * 3)
+    # Clipped to the strip: a long label must not be drawn over the tiles.
+    strip = Image.new("RGB", (row.width, LABEL_HEIGHT), (BACKGROUND,) * 3)
+    ImageDraw.Draw(strip).text((2, 1), label, fill=(0, 0, 0), font=ImageFont.load_default(size=12))
+    row.paste(strip, (0, 0))
+    for index, tile in enumerate(tiles):
+        row.paste(Image.fromarray(tile), (index * (width + GAP), LABEL_HEIGHT))
+    return np.asarray(row)

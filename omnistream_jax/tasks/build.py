@@ -1,0 +1,132 @@
+"""From a config to the backbone and the tasks that train it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from omnistream_jax.config import ConfigError
+from omnistream_jax.data.sources import Source, embedded_source, image_source, video_source
+from omnistream_jax.data.ssl import SelfSupervisedData
+from omnistream_jax.models.backbone import Backbone, default_dtype
+from omnistream_jax.models.heads import DinoHead
+from omnistream_jax.models.presets import BackboneConfig, preset
+from omnistream_jax.optim import Optimizer, TeacherSchedule
+from omnistream_jax.tasks.self_supervision import SelfSupervisionSettings, SelfSupervisionTask
+from omnistream_jax.tasks.task import Task
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+EMBEDDED = "embedded"
+
+
+def build_backbone(config: ConfigDict) -> Backbone:
+    """The student's backbone from `config.model`."""
+    model = config.model
+    changes = {} if model.patch_size == 0 else {"patch_size": model.patch_size}
+    sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), **changes)
+    if model.dtype not in ("auto", *_DTYPES):
+        raise ConfigError(f"model.dtype: expected auto, {' or '.join(_DTYPES)}, got {model.dtype!r}")
+    dtype = default_dtype() if model.dtype == "auto" else _DTYPES[model.dtype]
+    return Backbone(sizes, dtype=dtype, remat=model.remat)
+
+
+def build_tasks(config: ConfigDict, backbone: Backbone, gram: BackboneConfig | None) -> list[Task]:
+    """The tasks of `config.tasks` whose weight is not 0.
+
+    Args:
+        config: of the run.
+        backbone: the student's.
+        gram: configuration of the Gram teacher's backbone; None if the term is off.
+    """
+    tasks = [
+        _self_supervision(name, fields, config, backbone, gram)
+        for name, fields in config.tasks.items()
+        if fields.weight != 0
+    ]
+    if not tasks:
+        raise ConfigError("tasks: every weight is 0, nothing would be trained")
+    return tasks
+
+
+def build_optimizer(config: ConfigDict) -> Optimizer:
+    """The optimiser from `config.optimizer` and `config.steps`."""
+    return Optimizer(steps=config.steps, **config.optimizer)
+
+
+def gram_snapshots(config: ConfigDict) -> tuple[int, ...]:
+    """After how many updates the Gram teacher becomes a copy of the EMA teacher; () with pre-trained weights."""
+    gram = config.self_supervision.gram
+    if config.init.backbone or gram.weight == 0:
+        return ()
+    if gram.snapshot_every == 0:
+        return (gram.first_snapshot,)
+    return tuple(range(gram.first_snapshot, config.steps, gram.snapshot_every))
+
+
+def teacher_schedule(config: ConfigDict) -> TeacherSchedule:
+    """How the EMA and the Gram teacher follow the student."""
+    return TeacherSchedule(tuple(config.self_supervision.teacher_momentum), gram_snapshots(config))
+
+
+def _self_supervision(
+    name: str, fields: ConfigDict, config: ConfigDict, backbone: Backbone, gram: BackboneConfig | None
+) -> SelfSupervisionTask:
+    shared = config.self_supervision
+    if fields.kind not in ("image", "clip"):
+        raise ConfigError(f"tasks.{name}.kind: expected image or clip, got {fields.kind!r}")
+    snapshots = gram_snapshots(config)
+    settings = SelfSupervisionSettings(
+        student_temperature=shared.student_temperature,
+        teacher_temperature=tuple(shared.teacher_temperature),
+        teacher_warmup_steps=shared.teacher_warmup_steps,
+        local_weight=shared.local_weight,
+        koleo_weight=shared.koleo_weight,
+        gram_weight=shared.gram.weight,
+        gram_from_step=snapshots[0] if snapshots else 0,
+        rope_jitter=shared.rope_jitter,
+    )
+
+    def head() -> DinoHead:
+        return DinoHead(shared.prototypes, shared.head_hidden, shared.head_bottleneck, dtype=backbone.dtype)
+
+    with_gram = fields.kind == "image" and gram is not None
+    return SelfSupervisionTask(
+        name=name,
+        weight=fields.weight,
+        data=_data(name, fields, backbone.config.patch_size, shared.gram.size if with_gram else 0),
+        kind=fields.kind,
+        backbone=backbone,
+        dino_head=head(),
+        ibot_head=head(),
+        settings=settings,
+        gram_backbone=Backbone(gram, dtype=backbone.dtype) if with_gram else None,
+    )
+
+
+def _data(name: str, fields: Mapping[str, Any], patch_size: int, gram_size: int) -> SelfSupervisedData:
+    sources = tuple(_source(name, fields.kind, path.strip()) for path in fields.paths.split(",") if path.strip())
+    if not sources:
+        kind = "photographs" if fields.kind == "image" else "videos"
+        raise ConfigError(f"tasks.{name}.paths: give folders or .txt lists of {kind}, separated by commas")
+    clip = {} if fields.kind == "image" else {"frames": fields.frames, "stride": tuple(fields.stride)}
+    return SelfSupervisedData(
+        sources=sources,
+        global_batch_size=fields.batch_size,
+        global_size=fields.global_size,
+        local_size=fields.local_size,
+        local_crops=fields.local_crops,
+        patch_size=patch_size,
+        mask_scheme="blocks" if fields.kind == "image" else "tubes",
+        gram_size=gram_size or None,
+        **clip,
+    )
+
+
+def _source(name: str, kind: str, path: str) -> Source:
+    if path == EMBEDDED:
+        return embedded_source("images" if kind == "image" else "videos", "train")
+    try:
+        return image_source(path) if kind == "image" else video_source(path)
+    except ValueError as error:
+        raise ConfigError(f"tasks.{name}.paths: {error}") from error

@@ -1,0 +1,218 @@
+"""Self-supervision of images and clips, L_ssl = L_DINO + L_iBOT + 0.1 L_KoLeo + L_gram (OmniStream eq. 5, 11-15).
+
+An image is a clip of one frame: both tasks are this class, with other data, masks and, for images, the Gram term.
+Letters: B samples, G = 2 global and L local crops, T frames, N = h * w patches, K prototypes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from omnistream_jax.data.ssl import SelfSupervisedData
+from omnistream_jax.losses.dino import dino_loss, teacher_entropy
+from omnistream_jax.losses.gram import gram_loss, resize_patches
+from omnistream_jax.losses.ibot import ibot_loss
+from omnistream_jax.losses.koleo import koleo_loss
+from omnistream_jax.losses.sinkhorn import sinkhorn_knopp
+from omnistream_jax.models.backbone import Backbone, BackboneOutput
+from omnistream_jax.models.heads import DinoHead
+from omnistream_jax.optim import linear
+from omnistream_jax.tasks.task import Params, Teachers
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfSupervisionSettings:
+    """Constants of L_ssl; the defaults are OmniStream's (SPEC 4).
+
+    Attributes:
+        student_temperature: of the student's softmax.
+        teacher_temperature: (first, last) of the teacher's, along a line over `teacher_warmup_steps`.
+        teacher_warmup_steps: length of that warm-up.
+        local_weight: weight of the local crops' DINO term.
+        koleo_weight: weight of KoLeo, once per global crop.
+        gram_weight: weight of the Gram term.
+        gram_from_step: the Gram term is on from this step, and reads the Gram teacher.
+        rope_jitter: the coordinates of the student's rotary positions are scaled by factors log-uniform in
+            [1 / rope_jitter, rope_jitter], one for time and one for space; 1 for none.
+    """
+
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    teacher_warmup_steps: int = 30_000
+    local_weight: float = 0.5
+    koleo_weight: float = 0.1
+    gram_weight: float = 1.0
+    gram_from_step: int = 0
+    rope_jitter: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfSupervisionTask:
+    """A `Task`; see `tasks/task.py`.
+
+    Attributes:
+        name, weight, data: as of every task.
+        kind: "image" or "clip": how the iBOT metric is called, and whether there is a Gram term (images).
+        backbone: the student's and the EMA teacher's module.
+        dino_head, ibot_head: the projection heads, shared by both kinds.
+        settings: constants of the losses.
+        gram_backbone: the Gram teacher's module; None leaves the term out.
+    """
+
+    name: str
+    weight: float
+    data: SelfSupervisedData
+    kind: str
+    backbone: Backbone
+    dino_head: DinoHead
+    ibot_head: DinoHead
+    settings: SelfSupervisionSettings
+    gram_backbone: Backbone | None = None
+    has_teacher: bool = True
+
+    @property
+    def heads(self) -> Mapping[str, Callable[[jax.Array], Params]]:
+        """The DINO and the iBOT head."""
+        return {
+            "dino_head": functools.partial(_init_head, self.dino_head, self.backbone.config.width),
+            "ibot_head": functools.partial(_init_head, self.ibot_head, self.backbone.config.width),
+        }
+
+    def loss(
+        self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The weighted sum of the terms, and each term; see `Task.loss` and `SelfSupervisedBatch`."""
+        settings = self.settings
+        samples, views = batch["global_crops"].shape[:2]
+        temperature = linear(*settings.teacher_temperature, teachers.step, settings.teacher_warmup_steps)
+        masks = _crops_first(batch["masks"])  # [G * B, T, h, w]
+        rows = _MaskedRows.of(masks, self._masked_rows(masks))
+
+        teacher = self._targets(teachers.ema, batch, rows, temperature)
+        global_key, local_key = jax.random.split(key)
+        student = self._student(params["backbone"], batch["global_crops"], global_key, masks)
+        student_local = self._student(params["backbone"], batch["local_crops"], local_key, None)
+
+        def dino_logits(out: BackboneOutput) -> jax.Array:  # [crops, B, K]
+            logits = self.dino_head.apply({"params": params["dino_head"]}, _clip_token(out))
+            return logits.reshape(-1, samples, logits.shape[-1])
+
+        compare = functools.partial(dino_loss, teacher_probs=teacher.cls_probs)
+        temperature_s = settings.student_temperature
+        dino_global = compare(dino_logits(student), student_temperature=temperature_s, ignore_diagonal=True)
+        dino_local = compare(dino_logits(student_local), student_temperature=temperature_s)
+        pairs_global, pairs_local = views * (views - 1), views * batch["local_crops"].shape[1]
+        share = pairs_global / (pairs_global + pairs_local)
+        dino = share * dino_global + (1 - share) * settings.local_weight * dino_local
+
+        patch_logits = self.ibot_head.apply({"params": params["ibot_head"]}, rows.gather(student.patches))
+        ibot = ibot_loss(patch_logits, teacher.patch_probs, rows.weight, masks.shape[0], temperature_s)
+
+        cls = _clip_token(student).reshape(views, samples, -1)
+        koleo = sum(koleo_loss(view) for view in cls) / views
+
+        metrics = {
+            "dino_global": dino_global,
+            "dino_local": dino_local,
+            f"ibot_{self.kind}": ibot,
+            "koleo": koleo,
+            "teacher_entropy": teacher.entropy,
+            "target_entropy": teacher.target_entropy,
+        }
+        total = dino + ibot + settings.koleo_weight * views * koleo
+        if self.gram_backbone is not None:
+            metrics["gram"] = self._gram(student, teachers, batch)
+            total += settings.gram_weight * metrics["gram"]
+        return total, metrics
+
+    def _masked_rows(self, masks: jax.Array) -> int:
+        """A static bound on the masked patches of a batch."""
+        if self.data.mask_scheme == "tubes":
+            return masks.size
+        probability = 0.5 if self.data.mask_probability is None else self.data.mask_probability
+        ratio = 0.5 if self.data.mask_ratio is None else self.data.mask_ratio[1]
+        return int(masks.shape[0] * probability) * int(masks[0].size * ratio) or 1
+
+    def _student(self, params: Params, crops: jax.Array, key: jax.Array, masks: jax.Array | None) -> BackboneOutput:
+        """Features of crops [B, C, T, H, W, 3], crops first: [C * B, T, ...]."""
+        limit = jnp.log(self.settings.rope_jitter)
+        time, space = jnp.exp(jax.random.uniform(key, (2,), minval=-limit, maxval=limit))
+        return self.backbone.apply({"params": params}, _crops_first(crops), masks=masks, rope_scale=(time, space))
+
+    def _targets(
+        self, ema: Params, batch: Mapping[str, jax.Array], rows: "_MaskedRows", temperature: jax.Array
+    ) -> "_Targets":
+        """The EMA teacher's centred probabilities on the unmasked global crops."""
+        out = self.backbone.apply({"params": ema["backbone"]}, _crops_first(batch["global_crops"]))
+        samples, views = batch["global_crops"].shape[:2]
+        cls_logits = self.dino_head.apply({"params": ema["dino_head"]}, _clip_token(out))  # [G * B, K]
+        patch_logits = self.ibot_head.apply({"params": ema["ibot_head"]}, rows.gather(out.patches))
+        cls_probs = sinkhorn_knopp(cls_logits, temperature)
+        entropy = teacher_entropy(cls_logits, cls_probs, temperature)
+        return _Targets(
+            cls_probs=cls_probs.reshape(views, samples, -1),
+            patch_probs=sinkhorn_knopp(patch_logits, temperature, row_mask=rows.real),
+            entropy=entropy.batch_mean,
+            target_entropy=entropy.targets,
+        )
+
+    def _gram(self, student: BackboneOutput, teachers: Teachers, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The Gram term of the global crops of images; 0 until the Gram teacher stands."""
+        crops = _crops_first(batch.get("gram_crops", batch["global_crops"]))
+        student_patches = student.patches[:, 0]  # [G * B, h, w, d]
+        flat = (student_patches.shape[0], -1, student_patches.shape[-1])
+
+        def compare() -> jax.Array:
+            out = self.gram_backbone.apply({"params": teachers.gram}, crops)
+            target = resize_patches(out.patches[:, 0], *student_patches.shape[1:3])
+            return gram_loss(student_patches.reshape(flat), jax.lax.stop_gradient(target).reshape(flat))
+
+        return jax.lax.cond(teachers.step >= self.settings.gram_from_step, compare, lambda: jnp.float32(0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Targets:
+    cls_probs: jax.Array  # [G, B, K]
+    patch_probs: jax.Array  # [M, K]
+    entropy: jax.Array
+    target_entropy: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _MaskedRows:
+    """The masked patches of all crops, gathered into a static number M of rows; rows left over are padding."""
+
+    index: jax.Array  # [M] into [G * B * T * N]
+    real: jax.Array  # bool [M]
+    weight: jax.Array  # [M], 1 / masked patches of the row's crop, 0 for padding
+
+    @classmethod
+    def of(cls, masks: jax.Array, count: int) -> "_MaskedRows":
+        """The rows of masks [G * B, T, h, w]."""
+        flat = masks.reshape(-1)
+        index = jnp.flatnonzero(flat, size=count, fill_value=0)
+        real = jnp.arange(count) < flat.sum()
+        per_crop = masks.reshape(masks.shape[0], -1).sum(-1)
+        weight = jnp.where(real, 1.0 / jnp.maximum(per_crop, 1)[index // masks[0].size], 0.0)
+        return cls(index, real, weight)
+
+    def gather(self, patches: jax.Array) -> jax.Array:
+        """Patches [G * B, T, h, w, d] at the rows: [M, d]."""
+        return patches.reshape(-1, patches.shape[-1])[self.index]
+
+
+def _crops_first(crops: jax.Array) -> jax.Array:
+    """[B, C, ...] to [C * B, ...]."""
+    return crops.swapaxes(0, 1).reshape(-1, *crops.shape[2:])
+
+
+def _clip_token(out: BackboneOutput) -> jax.Array:
+    """The mean over time of the CLS tokens, float32 [C * B, d]."""
+    return out.cls.astype(jnp.float32).mean(axis=1)
+
+
+def _init_head(head: DinoHead, width: int, key: jax.Array) -> Params:
+    return head.init(key, jnp.zeros((1, width)))["params"]

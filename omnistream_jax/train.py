@@ -1,0 +1,214 @@
+"""Pre-training, from top to bottom: build, restore, step, log, save, evaluate.
+
+What a run starts from, in this order: its own last whole checkpoint; else the weights that `init.backbone` names; else
+random parameters. Batches are determined by the step, so that a run that was stopped goes on as if it had not been.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from omnistream_jax import config as config_lib
+from omnistream_jax.checkpoint import Checkpoints
+from omnistream_jax.convert import layouts
+from omnistream_jax.convert.initialise import gram_config, initial_backbone
+from omnistream_jax.data.embedded import heldout_clip
+from omnistream_jax.data.pipeline import Pipeline, build_pipeline
+from omnistream_jax.evals.patch_retrieval import patch_retrieval
+from omnistream_jax.evals.pca import pca_picture
+from omnistream_jax.model import Model, build_model
+from omnistream_jax.models.backbone import Backbone
+from omnistream_jax.optim import Optimizer
+from omnistream_jax.sharding import global_batch, make_mesh, replicated
+from omnistream_jax.step import TrainState, init_params, init_state, make_accumulate, make_update, merge_metrics
+from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, teacher_schedule
+from omnistream_jax.tasks.task import Params, Task
+from omnistream_jax.utils.lock import WorkdirLock
+from omnistream_jax.utils.metrics import MetricsWriter
+
+# A resumed run may differ in these; they do not change what is computed.
+_MAY_CHANGE = ("log_every", "checkpoint", "loader", "evaluation")
+_TERMINAL = ("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message names the step, the task and the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is built from a config before the first step."""
+
+    backbone: Backbone
+    tasks: Sequence[Task]
+    optimizer: Optimizer
+    initial: Params
+    state: TrainState
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Train as the config says, and leave checkpoints, metrics, the model and a picture in `workdir`.
+
+    Raises:
+        ConfigError: the config does not fit, or is not the one that `workdir` was made with.
+        TrainingError: a loss is not finite.
+    """
+    run = build(config)
+    _print_counts(run)
+    with WorkdirLock(workdir):
+        config_lib.remember(config, workdir, may_change=_MAY_CHANGE)
+        keep_every = config.checkpoint.keep_every or None
+        with Checkpoints(
+            workdir / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=keep_every
+        ) as checkpoints:
+            state, start = _restore(checkpoints, run.state)
+            with MetricsWriter(workdir, config.steps, restored_step=start, terminal_names=_TERMINAL) as metrics:
+                state = _run_steps(config, run, state, start, checkpoints, metrics)
+                _finish(config, run, state, workdir, metrics)
+
+
+def build(config: ConfigDict) -> Run:
+    """Everything that the steps need, with the state before the first one."""
+    if config.init.backbone:
+        weights = layouts.read(config.init.backbone)
+        gram = gram_config(weights)
+    else:
+        weights, gram = None, None
+    try:
+        backbone, optimizer = build_backbone(config), build_optimizer(config)
+        if config.self_supervision.gram.weight == 0:
+            gram = None
+        elif weights is None:
+            gram = backbone.config
+        tasks = build_tasks(config, backbone, gram)
+    except ValueError as error:
+        raise config_lib.ConfigError(str(error)) from error
+
+    params = init_params(backbone, tasks, config.seed)
+    if weights is not None:
+        params = {**params, "backbone": initial_backbone(weights, backbone.config, params["backbone"])}
+    whole = replicated(make_mesh())
+    params = jax.device_put(params, whole)
+    # Without pre-trained weights the Gram teacher holds a place until its first snapshot.
+    gram_params = None if gram is None else (params["backbone"] if weights is None else weights.params)
+    state = init_state(params, tasks, optimizer, jax.tree.map(jnp.copy, gram_params))
+    return Run(backbone, tasks, optimizer, jax.device_get(params["backbone"]), jax.device_put(state, whole))
+
+
+def _restore(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    restored = checkpoints.restore_latest(abstract)
+    if restored is None:
+        return state, 0
+    step, state, _ = restored
+    _say(f"going on from step {step}")
+    return state, step
+
+
+def _run_steps(
+    config: ConfigDict,
+    run: Run,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    metrics: MetricsWriter,
+) -> TrainState:
+    mesh = make_mesh()
+    accumulate = {task.name: make_accumulate(task, config.seed) for task in run.tasks}
+    update = make_update(run.optimizer, teacher_schedule(config))
+    gradients = jax.tree.map(jnp.zeros_like, state.params)
+    with build_pipeline(
+        {task.name: task.data for task in run.tasks},
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_step=start,
+        workers=config.loader.workers,
+        prefetch=config.loader.prefetch,
+    ) as pipeline:
+        for step in range(start + 1, config.steps + 1):
+            batches = next(pipeline)
+            values: dict[str, Any] = {}
+            for task in run.tasks:
+                arrays = {name: array for name, array in batches[task.name].items() if name != "record"}
+                gradients, values[task.name] = accumulate[task.name](state, gradients, global_batch(arrays, mesh))
+            losses = [values[task.name]["loss"] for task in run.tasks]
+            state, gradients, update_values = update(state, gradients, losses)
+
+            values, update_values = jax.device_get((values, update_values))
+            _check_finite(step, run.tasks, values, update_values, pipeline, batches)
+            if step % config.log_every == 0 or step in (start + 1, config.steps):
+                metrics.write(step, merge_metrics(run.tasks, values) | update_values)
+            if step % config.checkpoint.every == 0 or step == config.steps:
+                checkpoints.save(step, state)
+    return state
+
+
+def _check_finite(
+    step: int,
+    tasks: Sequence[Task],
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    update_values: Mapping[str, np.ndarray],
+    pipeline: Pipeline,
+    batches: Mapping[str, Mapping[str, np.ndarray]],
+) -> None:
+    wrong = [task.name for task in tasks if not np.isfinite(values[task.name]["loss"])]
+    if not wrong and np.isfinite(update_values["gradient_norm"]):
+        return
+    what = f"the loss of {' and '.join(wrong)}" if wrong else "the gradient"
+    files = pipeline.describe({name: batches[name] for name in wrong or batches})
+    lines = [f"  {name}: {', '.join(paths)}" for name, paths in files.items()]
+    raise TrainingError(
+        f"step {step}: {what} is not finite; the update was not made. The batch came from\n" + "\n".join(lines)
+    )
+
+
+def _finish(config: ConfigDict, run: Run, state: TrainState, workdir: Path, metrics: MetricsWriter) -> None:
+    """Export the trained backbone, measure it on held-out frames beside the untrained one, and draw both."""
+    trained = state.ema["backbone"] if state.ema else state.params["backbone"]
+    model = build_model(run.backbone.config, trained, dtype=run.backbone.dtype)
+    untrained = build_model(run.backbone.config, run.initial, dtype=run.backbone.dtype)
+    if jax.process_index() != 0:
+        return
+    model.save(workdir / "model")
+    frames = heldout_clip(config.evaluation.frames, config.evaluation.size, config.evaluation.size)
+    scores = {}
+    for name, each in (("trained", model), ("untrained", untrained)):
+        scores |= {f"{key}_{name}": value for key, value in _retrieval(each, frames).items()}
+    metrics.write(config.steps, scores)
+    picture = pca_picture(
+        frames, {"untrained": _clip_features(untrained, frames), "trained": _clip_features(model, frames)}
+    )
+    metrics.write_image(config.steps, "features", picture)
+    aside = workdir / ".features.png"
+    Image.fromarray(picture).save(aside, format="png")
+    aside.replace(workdir / "features.png")
+    _say(f"model: {workdir / 'model'}, picture: {workdir / 'features.png'}")
+
+
+def _retrieval(model: Model, frames: np.ndarray) -> dict[str, float]:
+    return patch_retrieval(lambda images: np.asarray(model.encode(images[:, None], layers=()).patches[:, 0]), frames)
+
+
+def _clip_features(model: Model, frames: np.ndarray) -> np.ndarray:
+    return np.asarray(model.encode(frames[None], layers=()).patches[0])
+
+
+def _print_counts(run: Run) -> None:
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in run.state.params.items()}
+    for name, count in counts.items():
+        _say(f"{name:12} {count:13,} parameters")
+    devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    _say(f"{'together':12} {sum(counts.values()):13,} parameters, on {devices}")
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)

@@ -1,0 +1,56 @@
+"""How omnistream_jax is installed: `pip install -e .` for use, extras for accelerators and tests."""
+
+from setuptools import find_packages, setup
+
+# Ranges, not pins. Python 3.11 gets at most jax 0.10 and flax 0.12.8: their later versions need 3.12.
+INSTALL_REQUIRES = [
+    "absl-py>=2.1",
+    "av>=14",
+    "chex>=0.1.90",
+    "flax>=0.12",
+    "grain>=0.2.15",
+    "huggingface_hub>=0.30",
+    "jax>=0.10,<0.13",
+    "ml_collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.12",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tensorboardX>=2.6.2",
+]
+
+EXTRAS_REQUIRE = {
+    "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "hf": ["jinja2>=3.1", "transformers>=4.56"],
+    "tfds": ["importlib_resources", "tensorflow-datasets>=4.9"],
+    "test": ["pytest>=8", "ruff>=0.12"],
+}
+
+setup(
+    name="omnistream_jax",
+    version="0.1.0",
+    description="OmniStream in JAX: a DINOv3 vision transformer made frame-causal for video streams",
+    long_description="See README.md in the repository.",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    packages=find_packages(include=["omnistream_jax", "omnistream_jax.*"]),
+    package_data={"omnistream_jax.data.embedded": ["*", "**/*"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
