@@ -67,6 +67,7 @@ def _paper() -> ConfigDict:
             "prototypes": 65_536,
             "head_hidden": 2_048,
             "head_bottleneck": 256,
+            "prototype_std": 0.02,
             "student_temperature": 0.1,
             "teacher_temperature": (0.04, 0.07),
             "teacher_warmup_steps": 30_000,
@@ -119,9 +120,9 @@ def _quick_start(config: ConfigDict) -> None:
     config.optimizer.update({"peak": 1e-3, "warmup_steps": 40, "freeze_prototypes_steps": 60})
     config.self_supervision.update(
         {
-            "prototypes": 1_024,
+            "prototypes": 256,
             "head_hidden": 256,
-            "head_bottleneck": 256,
+            "prototype_std": 0.0625,
             "teacher_warmup_steps": 100,
             "teacher_momentum": (0.98, 1.0),
         }

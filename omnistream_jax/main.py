@@ -6,7 +6,7 @@ message explains, 2 a configuration that cannot work.
 
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from omnistream_jax import config as config_lib
 from omnistream_jax import train
@@ -24,6 +24,8 @@ EXPLAINED = (CheckpointError, DataError, WeightsError, WorkdirLockedError, train
 
 def main(_: list[str]) -> None:
     """Run the job that the config names."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every save in ten lines
     config = CONFIG.value
     if config.job not in JOBS:
         raise ConfigError(f"job: expected one of {', '.join(JOBS)}, got {config.job!r}")

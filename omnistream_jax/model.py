@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from omnistream_jax.ops.attention import check_window
 from omnistream_jax.stream import Stream, StreamOptions, advance, open_state
 
 Frames = jax.Array | np.ndarray
+
+_DTYPES = ("float32", "bfloat16", "float16")  # of the activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,9 @@ class Model:
             sinks: first frames of a stream that stay visible for ever.
             layers, camera_token, aspect_ratio, time_unit: as in `encode`.
         """
+        for name, value in (("batch", batch), ("height", height), ("width", width)):
+            if not isinstance(value, (int, np.integer)):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
         self._check_size(height, width)
         check_window(window, sinks)
         if batch < 1:
@@ -121,6 +127,7 @@ class Model:
         Returns:
             Features [B, n, ...] equal to those of `encode` on the whole stream, and the stream after the frames.
         """
+        stream.check_alive()
         self._check_frames(frames, check)
         options = stream.options
         expected = (options.batch, options.height, options.width)
@@ -143,9 +150,12 @@ class Model:
         )
 
     def _time_unit(self, time_unit: float | None) -> float:
-        unit = self.config.time_unit if time_unit is None else float(time_unit)
-        if not unit > 0:
-            raise ValueError(f"time_unit: expected a positive number of frames, got {time_unit}")
+        try:
+            unit = float(self.config.time_unit if time_unit is None else time_unit)
+        except (TypeError, ValueError):
+            unit = math.nan
+        if not 0 < unit < math.inf:
+            raise ValueError(f"time_unit: expected a positive number of frames, got {time_unit!r}")
         return unit
 
     def _check_size(self, height: int, width: int) -> None:
@@ -172,9 +182,12 @@ class Model:
             return None
         if not camera_token:
             raise ValueError("aspect_ratio: only the camera token uses it; give camera_token=True")
-        ratio = np.asarray(aspect_ratio, np.float32)
+        try:
+            ratio = np.asarray(aspect_ratio, np.float32)
+        except (TypeError, ValueError):
+            ratio = np.array(np.nan)
         if ratio.shape != (batch,) or not np.all(np.isfinite(ratio) & (ratio > 0)):
-            raise ValueError(f"aspect_ratio: expected {batch} positive values of height / width, got {ratio.tolist()}")
+            raise ValueError(f"aspect_ratio: expected {batch} positive values of height / width, got {aspect_ratio}")
         return ratio
 
 
@@ -207,9 +220,12 @@ def load(path: str | os.PathLike, rope: str | None = None, dtype: Any = None) ->
 
 
 def _floating_dtype(dtype: Any) -> Any:
-    dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    try:
+        dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+    except TypeError:
+        raise ValueError(f"dtype: expected {', '.join(_DTYPES)}, got {dtype!r}") from None
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"dtype: expected {', '.join(_DTYPES)}, got {dtype.name}")
     return dtype
 
 

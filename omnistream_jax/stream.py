@@ -77,11 +77,20 @@ class Stream:
 
         Args:
             index: which streams: an int, an integer array, or a bool mask [B].
+
+        Raises:
+            ValueError: an index that names no stream, or a stream that a step has consumed.
         """
+        self.check_alive()
         mask = _stream_mask(index, self.options.batch)
         return dataclasses.replace(
             self, state=_reset_program(self.state, mask), frame_index=np.where(mask, 0, self.frame_index)
         )
+
+    def check_alive(self) -> None:
+        """Raise ValueError if a step has consumed this stream."""
+        if self.state.frame_index.is_deleted():
+            raise ValueError("stream: a step has consumed it already; go on with the stream that the step returned")
 
 
 def open_state(backbone: Backbone, options: StreamOptions, aspect_ratio: np.ndarray | None) -> StreamState:
@@ -97,7 +106,7 @@ def open_state(backbone: Backbone, options: StreamOptions, aspect_ratio: np.ndar
     return StreamState(
         cache=cache,
         frame_index=jnp.zeros((options.batch,), jnp.int32),
-        aspect_ratio=None if aspect_ratio is None else jnp.asarray(aspect_ratio, jnp.float32),
+        aspect_ratio=None if aspect_ratio is None else jnp.array(aspect_ratio, jnp.float32),  # a copy: it is donated
     )
 
 
@@ -160,6 +169,8 @@ def _stream_mask(index: int | np.ndarray, batch: int) -> np.ndarray:
         if index.shape != (batch,):
             raise ValueError(f"reset: expected a bool mask of shape ({batch},), got {index.shape}")
         return index
+    if index.size == 0:
+        return np.zeros(batch, bool)
     if not np.issubdtype(index.dtype, np.integer) or np.any((index < 0) | (index >= batch)):
         raise ValueError(f"reset: expected stream indices 0 to {batch - 1}, got {index.tolist()}")
     mask = np.zeros(batch, bool)

@@ -43,22 +43,10 @@ def test_camera_token_and_aspect_ratio_match(tmp_path):
     cases.assert_fields(without, expected, TOLERANCE)
 
 
-def stream_through(model, frames, chunks, **options):
-    batch, _, height, width, _ = frames.shape
-    stream = model.open_stream(batch, height, width, **options)
-    outputs, start = [], 0
-    for size in chunks:
-        out, stream = model.step(stream, frames[:, start : start + size])
-        outputs.append(out)
-        start += size
-    assert start == frames.shape[1]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *outputs)
-
-
 def test_streaming_matches_the_released_cache(tmp_path):
     golden, model, frames = load_case("01c_omnistream_streaming", tmp_path)
     ratio = golden.inputs["aspect_ratio"]
-    out = stream_through(model, frames, [1] * frames.shape[1], camera_token=True, aspect_ratio=ratio)
+    out = cases.stream_through(model, frames, [1] * frames.shape[1], camera_token=True, aspect_ratio=ratio)
     cases.assert_fields(cases.omnistream_fields(out), golden.outputs, TOLERANCE)
 
 
@@ -66,7 +54,7 @@ def test_window_with_sinks_matches_at_true_time(tmp_path):
     golden, model, frames = load_case("01d_omnistream_window_w4s1", tmp_path)
     window = golden.meta["window_size"] + 1  # the released size is what it keeps after a frame
     sinks = golden.meta["attention_sink_size"]
-    out = stream_through(model, frames, [1] * frames.shape[1], window=window, sinks=sinks)
+    out = cases.stream_through(model, frames, [1] * frames.shape[1], window=window, sinks=sinks)
     cases.assert_fields(cases.omnistream_fields(out), golden.derived["logical_time"], TOLERANCE)
 
 
@@ -77,7 +65,7 @@ def test_more_than_sixteen_frames_match_at_both_time_units(tmp_path):
     streamed = {
         k.removeprefix("stream_total16/"): v for k, v in golden.outputs.items() if k.startswith("stream_total16/")
     }
-    cases.assert_fields(cases.omnistream_fields(stream_through(model, frames, [1] * time)), streamed, TOLERANCE)
+    cases.assert_fields(cases.omnistream_fields(cases.stream_through(model, frames, [1] * time)), streamed, TOLERANCE)
     cases.assert_fields(cases.omnistream_fields(model.encode(frames)), streamed, TOLERANCE)
 
 
@@ -89,7 +77,7 @@ def test_masked_patches_match(tmp_path):
 
 def test_chunks_match_with_first_frame_tokens_only_at_the_start(tmp_path):
     golden, model, frames = load_case("01g_omnistream_chunked", tmp_path)
-    out = stream_through(model, frames, golden.inputs["chunks"].tolist(), camera_token=True)
+    out = cases.stream_through(model, frames, golden.inputs["chunks"].tolist(), camera_token=True)
     cases.assert_fields(cases.omnistream_fields(out), golden.derived["first_token_fix"], TOLERANCE)
 
 

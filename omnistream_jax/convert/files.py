@@ -33,9 +33,9 @@ def find_directory(path: str | os.PathLike) -> Path:
     name = os.fspath(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise WeightsError(f"{directory}: no such directory")
-    from huggingface_hub import snapshot_download  # costs a second to import, and only the hub needs it
-
     try:
+        from huggingface_hub import snapshot_download  # costs a second to import, and only the hub needs it
+
         return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "*.safetensors", INDEX_NAME]))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -86,6 +86,8 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise WeightsError(f"{index}: the shard {shard!r} is not a plain file name")
+        if Path(shard).suffix in _PICKLED:
+            raise WeightsError(_pickle_message(index.parent / shard))
         content = _read_file(index.parent / shard)
         listed = {name for name, file in weight_map.items() if file == shard}
         if listed != set(content):
@@ -101,6 +103,10 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
+    except AttributeError as error:  # how safetensors says that NumPy has no such type
+        raise WeightsError(
+            f"{path}: holds a type that NumPy lacks, expected float32, float16 or bfloat16 ({error})"
+        ) from error
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
 

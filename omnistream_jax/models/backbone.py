@@ -4,6 +4,7 @@ Letters: B clips or streams, T frames, H x W pixels, p patch side, h = H/p, w = 
 P = specials + h*w tokens a frame in the order CLS, (CAM), REG x R, patches row-major.
 """
 
+import operator
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -234,7 +235,10 @@ def select_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """The blocks that `layers` names, all for None; ValueError for an index outside 0 .. depth - 1."""
     if layers is None:
         return tuple(range(depth))
-    layers = tuple(int(i) for i in layers)
+    try:
+        layers = tuple(operator.index(i) for i in layers)
+    except TypeError:
+        raise ValueError(f"layers: expected a sequence of block indices, got {layers!r}") from None
     wrong = [i for i in layers if not 0 <= i < depth]
     if wrong:
         raise ValueError(f"layers: expected block indices 0 to {depth - 1}, got {wrong}")

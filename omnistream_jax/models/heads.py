@@ -15,7 +15,7 @@ class DinoHead(nn.Module):
 
     DINO, Caron et al. 2021, in the form of DINOv3 (OmniStream's L_ssl, eq. 5, 11-15): the prototypes are
     a plain linear layer without bias and without weight normalisation. Weights start normal with standard
-    deviation 0.02, biases zero.
+    deviation 0.02 (the prototypes with their own), biases zero.
     Parameters are float32; matrix products run in `dtype`; normalisation and logits are float32.
 
     Attributes:
@@ -23,6 +23,7 @@ class DinoHead(nn.Module):
         hidden: width of the hidden layers.
         bottleneck: width of the normalised bottleneck.
         layers: number of linear layers up to the bottleneck, >= 1.
+        prototype_std: standard deviation of the prototypes at the start.
         dtype: dtype of the computation.
     """
 
@@ -30,6 +31,7 @@ class DinoHead(nn.Module):
     hidden: int = 2048
     bottleneck: int = 256
     layers: int = 3
+    prototype_std: float = 0.02
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -44,6 +46,7 @@ class DinoHead(nn.Module):
         self.last_layer = dense(
             self.prototypes,
             use_bias=False,
+            kernel_init=nn.initializers.normal(self.prototype_std),
             dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
         )
 

@@ -1,6 +1,7 @@
 """The backbone's configuration and the sizes that have names."""
 
 import dataclasses
+import math
 
 from omnistream_jax.ops.rope import check_rope_layout
 
@@ -50,6 +51,9 @@ class BackboneConfig:
     def __post_init__(self):
         for field in ("width", "depth", "heads", "mlp_width", "patch_size"):
             if getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected a positive number, got {getattr(self, field)}")
+        for field in ("rope_base", "time_unit"):
+            if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field}: expected a positive number, got {getattr(self, field)}")
         if self.width % self.heads or self.head_width % 8:
             raise ValueError(

@@ -14,6 +14,7 @@ keeps the first S frames and the newest W - S of that prefix.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Up to this many groups of frames are unrolled; longer clips put several frames in a group.
 _UNROLLED_GROUPS = 16
@@ -40,6 +41,9 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.A
 
 def check_window(window: int | None, sinks: int) -> None:
     """Raise ValueError unless the window holds its sinks and at least one more frame, the query's own."""
+    for name, value in (("sinks", sinks), ("window", 1 if window is None else window)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise ValueError(f"{name}: expected a whole number of frames, got {value!r}")
     if sinks < 0:
         raise ValueError(f"sinks: expected a number of frames >= 0, got {sinks}")
     if window is not None and window < sinks + 1:
@@ -104,7 +108,9 @@ def frame_causal_attention(
 
         def one_frame(item, keys=keys, values=values, key_frame=key_frame):
             frame, frame_query = item
-            return attention(frame_query, keys, values, _frame_sees(frame, key_frame, window, sinks))
+            sees = _frame_sees(frame, key_frame, window, sinks)
+            # Zeroed as well as masked: a NaN in a frame still to come would pass through its zero weight.
+            return attention(frame_query, keys, jnp.where(sees[:, None, None], values, 0), sees)
 
         group = jnp.moveaxis(query[:, start:stop], 1, 0)
         outputs.append(jax.lax.map(one_frame, (jnp.arange(start, stop), group)))

@@ -88,7 +88,13 @@ def _self_supervision(
     )
 
     def head() -> DinoHead:
-        return DinoHead(shared.prototypes, shared.head_hidden, shared.head_bottleneck, dtype=backbone.dtype)
+        return DinoHead(
+            prototypes=shared.prototypes,
+            hidden=shared.head_hidden,
+            bottleneck=shared.head_bottleneck,
+            prototype_std=shared.prototype_std,
+            dtype=backbone.dtype,
+        )
 
     with_gram = fields.kind == "image" and gram is not None
     return SelfSupervisionTask(

@@ -1,0 +1,142 @@
+"""The training run as a whole: resuming, stopping on bad numbers, what it leaves behind."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from training_cases import PRETRAIN, REPOSITORY, small_config
+
+import omnistream_jax
+from omnistream_jax import train as train_lib
+from omnistream_jax.checkpoint import Checkpoints
+from omnistream_jax.config import ConfigError
+from omnistream_jax.utils.metrics import read_metrics
+from omnistream_jax.utils.trees import named_leaves
+
+TERMS = ("dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
+
+
+class _KilledError(Exception):
+    pass
+
+
+def final_state(config, workdir):
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), train_lib.build(config).state)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        step, state, _ = checkpoints.restore_latest(state)
+    return step, named_leaves(state)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    train_lib.train(small_config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_metrics_checkpoints_model_and_picture(whole_run):
+    rows = read_metrics(whole_run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for term in TERMS:
+        values = [row[term] for row in steps]
+        assert np.isfinite(values).all(), term
+        assert len(set(values)) > 1, term
+    assert all(row["gram"] == 0 for row in steps[:2]), "no Gram term before its teacher stands"
+    assert all(row["gram"] > 0 for row in steps[2:])
+    assert {f"retrieval_top1_{kind}" for kind in ("trained", "untrained")} <= set(rows[-1])
+    assert Image.open(whole_run / "features.png").size[0] > 2 * 64
+    assert sorted(path.name for path in (whole_run / "checkpoints").iterdir() if path.name.isdigit()) == ["3", "6"]
+
+
+def test_the_exported_model_is_the_teacher_of_the_last_checkpoint(whole_run):
+    model = omnistream_jax.load(whole_run / "model")
+    step, leaves = final_state(small_config(), whole_run)
+    assert step == 6
+    assert model.config.rope == "dinov3"
+    exported = named_leaves({"ema": {"backbone": model.params}})
+    for name, leaf in exported.items():
+        np.testing.assert_array_equal(leaf, leaves[name], err_msg=name)
+
+
+def test_a_stopped_run_resumes_bitwise(whole_run, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def save_and_die(self, step, state, metadata=None):
+        save(self, step, state, metadata)
+        self.wait()
+        raise _KilledError
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(_KilledError):
+        train_lib.train(small_config(), tmp_path)
+    monkeypatch.undo()
+    train_lib.train(small_config(), tmp_path)
+
+    (step, resumed), (_, whole) = final_state(small_config(), tmp_path), final_state(small_config(), whole_run)
+    assert step == 6
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
+    rows, expected = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, whole_run))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert [row["loss"] for row in rows[:6]] == [row["loss"] for row in expected[:6]]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
+    config = small_config(optimizer__peak=1e30, optimizer__clip_norm=0.0)
+    with pytest.raises(train_lib.TrainingError, match=r"step \d: the loss of .* is not finite") as error:
+        train_lib.train(config, tmp_path)
+    assert ".jpg" in str(error.value) or ".mp4" in str(error.value)
+    assert not (tmp_path / "model").exists()
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_another_config_in_the_same_workdir_is_refused(whole_run):
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 1"):
+        train_lib.train(small_config(seed=1), whole_run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tasks__image_ssl__paths", "/nowhere/photos", r"tasks.image_ssl.paths: /nowhere/photos"),
+        ("tasks__clip_ssl__paths", "", r"tasks.clip_ssl.paths"),
+        ("model__preset", "giant", r"model.preset: .*giant"),
+        ("model__rope", "4d", r"rope: .*4d"),
+        ("model__dtype", "int8", r"model.dtype"),
+        ("optimizer__warmup_steps", 100, r"optimizer.warmup_steps"),
+        ("tasks__image_ssl__kind", "sound", r"tasks.image_ssl.kind"),
+        ("tasks__image_ssl__global_size", 33, r"global_size: 33"),
+    ],
+)
+def test_a_config_that_cannot_work_is_one_clear_error(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        train_lib.build(small_config(**{field: value}))
+
+
+def test_every_weight_zero_is_refused():
+    with pytest.raises(ConfigError, match="every weight is 0"):
+        train_lib.build(small_config(tasks__image_ssl__weight=0.0, tasks__clip_ssl__weight=0.0))
+
+
+def run_main(*arguments):
+    command = [sys.executable, "-m", "omnistream_jax.main", f"--config={PRETRAIN}", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimizer.peek=1"], "did you mean optimizer.peak?"),
+        (["--config.init.backbone=/nowhere/dinov3"], "/nowhere/dinov3: no such directory"),
+    ],
+)
+def test_the_command_line_tells_an_error_in_one_message(arguments, message, tmp_path):
+    done = run_main(f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,32 @@
+"""A pre-training config small enough for tests, and tasks made of it."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from omnistream_jax import config as config_lib
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRETRAIN = str(REPOSITORY / "configs" / "pretrain.py")
+
+
+def small_config(**overrides: object) -> ConfigDict:
+    """The quick start with fewer, smaller crops; dotted names in `overrides` are spelt with "__"."""
+    small = {
+        "steps": 6,
+        "optimizer.warmup_steps": 2,
+        "optimizer.freeze_prototypes_steps": 1,
+        "self_supervision.prototypes": 32,
+        "self_supervision.head_hidden": 32,
+        "self_supervision.head_bottleneck": 16,
+        "self_supervision.gram.first_snapshot": 2,
+        "self_supervision.gram.snapshot_every": 2,
+        "log_every": 1,
+        "checkpoint.every": 3,
+        "evaluation.frames": 2,
+        "evaluation.size": 64,
+    }
+    for task, batch in (("image_ssl", 3), ("clip_ssl", 2)):
+        small |= {f"tasks.{task}.batch_size": batch, f"tasks.{task}.global_size": 32, f"tasks.{task}.local_size": 16}
+    small["tasks.clip_ssl.frames"] = 2
+    return config_lib.load(PRETRAIN, small | {name.replace("__", "."): value for name, value in overrides.items()})
