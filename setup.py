@@ -5,10 +5,10 @@ from setuptools import find_packages, setup
 # Ranges, not pins. Python 3.11 gets at most jax 0.10 and flax 0.12.8: their later versions need 3.12.
 INSTALL_REQUIRES = [
     "absl-py>=2.1",
-    "av>=14",
+    "av>=18",
     "chex>=0.1.90",
     "flax>=0.12",
-    "grain>=0.2.15",
+    "grain>=0.2.18",
     "huggingface_hub>=0.30",
     "jax>=0.10,<0.13",
     "ml_collections>=1.0",

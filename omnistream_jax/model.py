@@ -70,9 +70,8 @@ class Model:
         self._check_frames(frames, check)
         aspect_ratio = self._check_camera(camera_token, aspect_ratio, frames.shape[0])
         layers = select_layers(layers, self.config.depth)
-        return _encode(
-            self.backbone, layers, camera_token, self._time_unit(time_unit), self.params, frames, aspect_ratio
-        )
+        time_unit = np.float32(self._time_unit(time_unit))
+        return _encode(self.backbone, layers, camera_token, self.params, frames, aspect_ratio, time_unit)
 
     def open_stream(
         self,
@@ -236,15 +235,15 @@ def _check_finite(frames: Frames) -> None:
         raise ValueError(f"frames: {int((~finite).sum())} not finite, the first is frame {frame} of clip {clip}")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _encode(
     backbone: Backbone,
     layers: tuple[int, ...],
     camera_token: bool,
-    time_unit: float,
     params: Mapping[str, Any],
     frames: jax.Array,
     aspect_ratio: jax.Array | None,
+    time_unit: jax.Array,
 ) -> BackboneOutput:
     return backbone.apply(
         {"params": params},

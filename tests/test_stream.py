@@ -103,10 +103,12 @@ def random_heads(time):
     ("time", "window", "sinks"),
     [
         (6, None, 1), (6, 4, 1), (6, 3, 0), (6, 3, 2), (6, 1, 0), (6, 9, 2),  # one frame after the other
-        (18, 7, 2), (35, 5, 0),  # more than 16 frames: in groups of two and three
+        (10, None, 1), (10, 5, 2), (10, 4, 0), (10, 6, 5),  # in groups of three, the last of one
     ],
 )  # fmt: skip
-def test_clip_attention_equals_a_dense_mask(time, window, sinks):
+def test_clip_attention_equals_a_dense_mask(time, window, sinks, monkeypatch):
+    if time == 10:  # fewer groups than in earnest compile in a quarter of the time
+        monkeypatch.setattr("omnistream_jax.ops.attention._UNROLLED_GROUPS", 4)
     query, key, value = random_heads(time)
     attend = jax.jit(functools.partial(frame_causal_attention, window=window, sinks=sinks))
     difference = np.abs(attend(query, key, value) - dense_attention(query, key, value, window, sinks))
@@ -185,6 +187,16 @@ def test_reset_restarts_the_named_streams_and_keeps_every_bit_of_the_others(inde
     cases.assert_same_bits(cases.rows(out, restarted), cases.rows(fresh, restarted))
     cases.assert_same_bits(cases.rows(out, others), cases.rows(running, others))
     assert not np.array_equal(fresh.cls, running.cls)
+
+
+def test_the_oldest_stream_decides_when_the_cache_grows(model, frames, offline):
+    """The first stream starts anew at frame 14; the others cross the first bucket without it."""
+    _, stream = cases.step_through(model, open_stream(model), frames[:, :14], [1] * 14)
+    out, stream = cases.step_through(model, stream.reset(0), frames[:, 14:20], [1] * 6)
+    assert stream.frame_index.tolist() == [6, 20, 20]
+    cases.assert_close(cases.rows(out, np.s_[1:]), cases.rows(offline, np.s_[1:, 14:20]))
+    fresh = cases.stream_through(model, frames[:, 14:20], [1] * 6)
+    cases.assert_close(cases.rows(out, np.s_[:1]), cases.rows(fresh, np.s_[:1]))
 
 
 def test_a_stream_reset_by_a_jax_array(model):

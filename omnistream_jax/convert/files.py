@@ -84,7 +84,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{index}: expected an object 'weight_map' from tensor names to file names")
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", ".."):
             raise WeightsError(f"{index}: the shard {shard!r} is not a plain file name")
         if Path(shard).suffix in _PICKLED:
             raise WeightsError(_pickle_message(index.parent / shard))
