@@ -83,7 +83,8 @@ def _paper() -> ConfigDict:
     )
 
     # One entry a task; weight 0 leaves it out. Batch sizes are samples a step over all devices.
-    # paths: folders or .txt lists, separated by commas; "embedded" is what comes with the package.
+    # paths: folders or .txt lists, separated by commas; "embedded" is what comes with the package. distortion: factor
+    # on how often crops are jittered, made grey, blurred and solarised (1: DINOv3's).
     image = {
         "kind": "image",
         "weight": 0.1,
@@ -92,6 +93,7 @@ def _paper() -> ConfigDict:
         "global_size": 224,
         "local_size": 96,
         "local_crops": 2,
+        "distortion": 1.0,
     }
     clip = {**image, "kind": "clip", "batch_size": 64, "frames": 16, "stride": (1, 4)}
     config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip})
@@ -99,8 +101,9 @@ def _paper() -> ConfigDict:
     config.loader = ConfigDict({"workers": 8, "prefetch": 2})
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 20_000})
-    # At the end, on held-out frames that come with the package: patch retrieval and features.png, at this side.
-    config.evaluation = ConfigDict({"frames": 8, "size": 224})
+    # At the end, on held-out frames that come with the package: features.png of a clip of so many frames at this side,
+    # and patch retrieval at the side of the global crops.
+    config.evaluation = ConfigDict({"picture_frames": 8, "picture_size": 224, "retrieval_size": 224})
     return config
 
 
@@ -111,30 +114,32 @@ def _second_stage(config: ConfigDict) -> None:
     for task in config.tasks.values():
         task.global_size = 512
         task.local_size = 224
+    config.evaluation.update({"picture_size": 512, "retrieval_size": 512})
 
 
 def _quick_start(config: ConfigDict) -> None:
     config.name = "quickstart"
-    config.steps = 400
+    config.steps = 340
     config.model.preset = "tiny"
-    config.optimizer.update({"peak": 1e-3, "warmup_steps": 40, "freeze_prototypes_steps": 60})
+    # A few hundred steps are enough only if the targets are sharp and the teacher is quick from the start: few, large
+    # and fixed prototypes, one teacher temperature, milder distortions.
+    config.optimizer.update({"peak": 2e-3, "warmup_steps": 30, "freeze_prototypes_steps": config.steps})
     config.self_supervision.update(
         {
             "prototypes": 256,
             "head_hidden": 256,
-            "prototype_std": 0.0625,
-            "teacher_warmup_steps": 100,
-            "teacher_momentum": (0.98, 1.0),
+            "head_bottleneck": 32,
+            "prototype_std": 0.177,
+            "teacher_temperature": (0.04, 0.04),
+            "teacher_momentum": (0.95, 0.99),
         }
     )
-    config.self_supervision.gram.update({"first_snapshot": 100, "snapshot_every": 100})
-    config.tasks.image_ssl.update(
-        {"paths": "embedded", "batch_size": 16, "global_size": 96, "local_size": 48, "weight": 1.0}
-    )
-    config.tasks.clip_ssl.update(
-        {"paths": "embedded", "batch_size": 4, "global_size": 96, "local_size": 48, "frames": 4, "weight": 1.0}
-    )
+    config.self_supervision.gram.update({"first_snapshot": 60, "snapshot_every": 40})
+    for task in config.tasks.values():
+        task.update({"paths": "embedded", "weight": 1.0, "global_size": 96, "local_size": 48, "distortion": 0.5})
+    config.tasks.image_ssl.batch_size = 16
+    config.tasks.clip_ssl.update({"batch_size": 4, "frames": 4})
     config.loader.update({"workers": 0, "prefetch": 4})
     config.log_every = 10
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
-    config.evaluation.size = 224
+    config.evaluation.retrieval_size = 96

@@ -36,6 +36,7 @@ from omnistream_jax.utils.metrics import MetricsWriter
 # A resumed run may differ in these; they do not change what is computed.
 _MAY_CHANGE = ("log_every", "checkpoint", "loader", "evaluation")
 _TERMINAL = ("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
+_RETRIEVAL_FRAMES, _RETRIEVAL_CROPS = 12, 4
 
 
 class TrainingError(RuntimeError):
@@ -178,14 +179,14 @@ def _finish(config: ConfigDict, run: Run, state: TrainState, workdir: Path, metr
     if jax.process_index() != 0:
         return
     model.save(workdir / "model")
-    frames = heldout_clip(config.evaluation.frames, config.evaluation.size, config.evaluation.size)
     scores = {}
     for name, each in (("trained", model), ("untrained", untrained)):
-        scores |= {f"{key}_{name}": value for key, value in _retrieval(each, frames).items()}
+        scores |= {f"{key}_{name}": value for key, value in _retrieval(each, config.evaluation.retrieval_size).items()}
     metrics.write(config.steps, scores)
-    picture = pca_picture(
-        frames, {"untrained": _clip_features(untrained, frames), "trained": _clip_features(model, frames)}
-    )
+    side = config.evaluation.picture_size
+    frames = heldout_clip(config.evaluation.picture_frames, side, side)
+    maps = {"untrained": _clip_features(untrained, frames), "trained": _clip_features(model, frames)}
+    picture = pca_picture(frames, maps)
     metrics.write_image(config.steps, "features", picture)
     aside = workdir / ".features.png"
     Image.fromarray(picture).save(aside, format="png")
@@ -193,8 +194,15 @@ def _finish(config: ConfigDict, run: Run, state: TrainState, workdir: Path, metr
     _say(f"model: {workdir / 'model'}, picture: {workdir / 'features.png'}")
 
 
-def _retrieval(model: Model, frames: np.ndarray) -> dict[str, float]:
-    return patch_retrieval(lambda images: np.asarray(model.encode(images[:, None], layers=()).patches[:, 0]), frames)
+def _retrieval(model: Model, side: int) -> dict[str, float]:
+    """Patch retrieval on held-out frames, each with several crops: in percent, see evals/patch_retrieval.py."""
+    frames = heldout_clip(_RETRIEVAL_FRAMES, side, side)
+
+    def features(images: np.ndarray) -> np.ndarray:
+        return np.asarray(model.encode(images[:, None], layers=()).patches[:, 0])
+
+    scores = [patch_retrieval(features, frames, seed=seed) for seed in range(_RETRIEVAL_CROPS)]
+    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
 
 def _clip_features(model: Model, frames: np.ndarray) -> np.ndarray:

@@ -23,8 +23,9 @@ def small_config(**overrides: object) -> ConfigDict:
         "self_supervision.gram.snapshot_every": 2,
         "log_every": 1,
         "checkpoint.every": 3,
-        "evaluation.frames": 2,
-        "evaluation.size": 64,
+        "evaluation.picture_frames": 2,
+        "evaluation.picture_size": 64,
+        "evaluation.retrieval_size": 32,
     }
     for task, batch in (("image_ssl", 3), ("clip_ssl", 2)):
         small |= {f"tasks.{task}.batch_size": batch, f"tasks.{task}.global_size": 32, f"tasks.{task}.local_size": 16}

@@ -41,6 +41,7 @@ class SelfSupervisedData:
       mask_probability: share of the global crops that blocks mask; 0.5 for blocks if None, must be None for tubes.
       mask_ratio: smallest and largest share of a crop's patches that blocks mask; likewise, (0.1, 0.5).
       gram_size: side of the Gram teacher's crops in pixels; None makes none. Images only.
+      distortion: factor on how often crops are distorted, see `MultiCropSizes`.
 
     Raises:
       DataError: a field does not fit; the message names it.
@@ -59,6 +60,7 @@ class SelfSupervisedData:
     mask_probability: float | None = None
     mask_ratio: tuple[float, float] | None = None
     gram_size: int | None = None
+    distortion: float = 1.0
 
     def __post_init__(self):
         _require(len(self.sources) > 0, "sources", self.sources, "at least one")
@@ -71,6 +73,7 @@ class SelfSupervisedData:
             limit = source.max_frames
             if limit is not None and self.frames > limit:
                 raise DataError(f"frames: {self.frames}, but source {source.name} has {limit} frame in a record")
+        _require(0 <= self.distortion <= 1, "distortion", self.distortion, "0 to 1")
         self._check_sizes()
         self._check_masks()
 
@@ -95,6 +98,20 @@ class SelfSupervisedData:
         if self.mask_ratio is not None:
             low, high = self.mask_ratio
             _require(0 <= low <= high <= 1, "mask_ratio", self.mask_ratio, "(smallest, largest) within 0 to 1")
+
+    @property
+    def blocks(self) -> tuple[float, tuple[float, float]]:
+        """Probability and ratio of the block masks, the defaults filled in."""
+        probability = 0.5 if self.mask_probability is None else self.mask_probability
+        return probability, (0.1, 0.5) if self.mask_ratio is None else self.mask_ratio
+
+    def max_masked(self, samples: int) -> int:
+        """An upper bound, at least 1, on the masked patches in the global crops of so many samples of a batch."""
+        crops, patches = samples * GLOBAL_CROPS, (self.global_size // self.patch_size) ** 2
+        if self.mask_scheme == "tubes":
+            return crops * self.frames * patches
+        probability, (_, largest) = self.blocks
+        return max(1, int(crops * probability) * int(patches * largest) * self.frames)
 
     def dataset(self, seed: int, process_index: int, process_count: int) -> grain.MapDataset:
         """Endless batches of this process: element `step` is a SelfSupervisedBatch of that step.
@@ -180,7 +197,9 @@ class _Crops(grain.transforms.RandomMap):
         data = self.data
         source, index = data.locate(element)
         sample = source.sample(index, rng, data.frames, data.stride)
-        sizes = MultiCropSizes(data.global_size, data.local_size, data.local_crops, data.gram_size)
+        sizes = MultiCropSizes(
+            data.global_size, data.local_size, data.local_crops, data.gram_size, distortion=data.distortion
+        )
         crops = multicrop(sample.frames, rng, sizes)
         out = {
             "global_crops": crops.global_crops,
@@ -207,9 +226,7 @@ class _Masks(grain.transforms.RandomMap):
         if data.mask_scheme == "tubes":
             masks = mask_schemes.tube_masks(rng, count, data.frames, side, side)[crops]
         else:
-            probability = 0.5 if data.mask_probability is None else data.mask_probability
-            ratio = (0.1, 0.5) if data.mask_ratio is None else data.mask_ratio
-            masks = mask_schemes.image_block_masks(rng, count, side, side, probability, ratio, rows=crops)
+            masks = mask_schemes.image_block_masks(rng, count, side, side, *data.blocks, rows=crops)
             masks = np.repeat(masks[:, None], data.frames, axis=1)
         return {**element, "masks": masks.reshape(len(self.rows), GLOBAL_CROPS, data.frames, side, side)}
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from omnistream_jax.models.block import Block, LayerNorm
+from omnistream_jax.models.block import KERNEL_INIT, Block, LayerNorm
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.ops.attention import attention, frame_causal_attention
 from omnistream_jax.ops.cache import BlockCache, frame_slot, visible_slots, write_frame
@@ -56,12 +56,7 @@ class Backbone(nn.Module):
         """Declare the parameters; those of all blocks are stacked along a leading axis [depth, ...]."""
         config = self.config
         width, small = config.width, nn.initializers.normal(0.02)
-        patch_values = 3 * config.patch_size**2
-        bound = patch_values**-0.5
-        self.patch_kernel = self.param(
-            "patch_kernel", lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound),
-            (patch_values, width),
-        )  # fmt: skip
+        self.patch_kernel = self.param("patch_kernel", KERNEL_INIT, (3 * config.patch_size**2, width))
         self.patch_bias = self.param("patch_bias", nn.initializers.zeros, (width,))
         self.cls_token = self.param("cls_token", small, (width,))
         self.mask_token = self.param("mask_token", nn.initializers.zeros, (width,))

@@ -17,7 +17,7 @@ from omnistream_jax.ops.rope import apply_rope
 # (query, key, value), each [B, T, P, H, D] -> (attended [B, T, P, H, D], carry)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-_KERNEL_INIT = nn.initializers.truncated_normal(0.02)
+KERNEL_INIT = nn.initializers.truncated_normal(0.02)
 
 
 class LayerNorm(nn.Module):
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         """x [B, T, P, d], rope tables [B or 1, T, P, D] -> ([B, T, P, d], carry)."""
         config = self.config
         heads, head_width = config.heads, config.head_width
-        kernel = self.param("qkv_kernel", _KERNEL_INIT, (config.width, 3, heads, head_width))
+        kernel = self.param("qkv_kernel", KERNEL_INIT, (config.width, 3, heads, head_width))
         has_bias = {"query": config.query_bias, "key": config.key_bias, "value": config.value_bias}
         zeros = nn.initializers.zeros
         biases = [
@@ -63,7 +63,7 @@ class Attention(nn.Module):
             axis=(-2, -1),
             use_bias=config.projection_bias,
             dtype=self.dtype,
-            kernel_init=_KERNEL_INIT,
+            kernel_init=KERNEL_INIT,
             name="projection",
         )
         return projection(attended), carry
@@ -81,7 +81,7 @@ class Mlp(nn.Module):
         config = self.config
 
         def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=config.mlp_bias, dtype=self.dtype, kernel_init=_KERNEL_INIT, name=name)
+            return nn.Dense(features, use_bias=config.mlp_bias, dtype=self.dtype, kernel_init=KERNEL_INIT, name=name)
 
         hidden = dense(config.mlp_width, "hidden")(x)
         if config.mlp == "swiglu":

@@ -89,7 +89,7 @@ class SelfSupervisionTask:
         samples, views = batch["global_crops"].shape[:2]
         temperature = linear(*settings.teacher_temperature, teachers.step, settings.teacher_warmup_steps)
         masks = _crops_first(batch["masks"])  # [G * B, T, h, w]
-        rows = _MaskedRows.of(masks, self._masked_rows(masks))
+        rows = _MaskedRows.of(masks, self.data.max_masked(samples))
 
         teacher = self._targets(teachers.ema, batch, rows, temperature)
         global_key, local_key = jax.random.split(key)
@@ -127,14 +127,6 @@ class SelfSupervisionTask:
             metrics["gram"] = self._gram(student, teachers, batch)
             total += settings.gram_weight * metrics["gram"]
         return total, metrics
-
-    def _masked_rows(self, masks: jax.Array) -> int:
-        """A static bound on the masked patches of a batch."""
-        if self.data.mask_scheme == "tubes":
-            return masks.size
-        probability = 0.5 if self.data.mask_probability is None else self.data.mask_probability
-        ratio = 0.5 if self.data.mask_ratio is None else self.data.mask_ratio[1]
-        return int(masks.shape[0] * probability) * int(masks[0].size * ratio) or 1
 
     def _student(self, params: Params, crops: jax.Array, key: jax.Array, masks: jax.Array | None) -> BackboneOutput:
         """Features of crops [B, C, T, H, W, 3], crops first: [C * B, T, ...]."""
