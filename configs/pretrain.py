@@ -83,8 +83,7 @@ def _paper() -> ConfigDict:
     )
 
     # One entry a task; weight 0 leaves it out. Batch sizes are samples a step over all devices.
-    # paths: folders or .txt lists, separated by commas; "embedded" is what comes with the package. distortion: factor
-    # on how often crops are jittered, made grey, blurred and solarised (1: DINOv3's).
+    # paths: folders or .txt lists, separated by commas; "embedded" is what comes with the package.
     image = {
         "kind": "image",
         "weight": 0.1,
@@ -93,7 +92,6 @@ def _paper() -> ConfigDict:
         "global_size": 224,
         "local_size": 96,
         "local_crops": 2,
-        "distortion": 1.0,
     }
     clip = {**image, "kind": "clip", "batch_size": 64, "frames": 16, "stride": (1, 4)}
     config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip})
@@ -119,10 +117,10 @@ def _second_stage(config: ConfigDict) -> None:
 
 def _quick_start(config: ConfigDict) -> None:
     config.name = "quickstart"
-    config.steps = 340
+    config.steps = 350
     config.model.preset = "tiny"
     # A few hundred steps are enough only if the targets are sharp and the teacher is quick from the start: few, large
-    # and fixed prototypes, one teacher temperature, milder distortions.
+    # and fixed prototypes, one teacher temperature.
     config.optimizer.update({"peak": 2e-3, "warmup_steps": 30, "freeze_prototypes_steps": config.steps})
     config.self_supervision.update(
         {
@@ -134,9 +132,9 @@ def _quick_start(config: ConfigDict) -> None:
             "teacher_momentum": (0.95, 0.99),
         }
     )
-    config.self_supervision.gram.update({"first_snapshot": 60, "snapshot_every": 40})
+    config.self_supervision.gram.update({"first_snapshot": 100, "snapshot_every": 50})
     for task in config.tasks.values():
-        task.update({"paths": "embedded", "weight": 1.0, "global_size": 96, "local_size": 48, "distortion": 0.5})
+        task.update({"paths": "embedded", "weight": 1.0, "global_size": 96, "local_size": 48})
     config.tasks.image_ssl.batch_size = 16
     config.tasks.clip_ssl.update({"batch_size": 4, "frames": 4})
     config.loader.update({"workers": 0, "prefetch": 4})

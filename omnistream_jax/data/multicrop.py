@@ -48,7 +48,6 @@ class MultiCropSizes:
       gram_size: side of the undistorted copies of the global crops for the Gram teacher; None makes none.
       global_scale: smallest and largest share of the picture's area in a global crop.
       local_scale: the same for a local crop.
-      distortion: factor, 0 to 1, on how often crops are jittered, made grey, blurred and solarised; 1 is DINOv3's.
     """
 
     global_size: int
@@ -57,7 +56,6 @@ class MultiCropSizes:
     gram_size: int | None = None
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
-    distortion: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +113,11 @@ def multicrop(frames: np.ndarray, rng: np.random.Generator, sizes: MultiCropSize
     global_views = [draw_view(rng, height, width, sizes.global_scale) for _ in range(GLOBAL_CROPS)]
     local_views = [draw_view(rng, height, width, sizes.local_scale) for _ in range(sizes.local_crops)]
     global_crops = [
-        distort(_render(pictures, view, sizes.global_size), draw_distortion(rng, rates, sizes.distortion))
+        distort(_render(pictures, view, sizes.global_size), draw_distortion(rng, rates))
         for view, rates in zip(global_views, (FIRST_GLOBAL, SECOND_GLOBAL), strict=True)
     ]
     local_crops = [
-        distort(_render(pictures, view, sizes.local_size), draw_distortion(rng, LOCAL, sizes.distortion))
-        for view in local_views
+        distort(_render(pictures, view, sizes.local_size), draw_distortion(rng, LOCAL)) for view in local_views
     ]
     gram_crops = None
     if sizes.gram_size is not None:
@@ -158,10 +155,10 @@ def _box(left: float, top: float, box_width: float, box_height: float, height: i
     return left, top, min(left + box_width, width), min(top + box_height, height)
 
 
-def draw_distortion(rng: np.random.Generator, rates: DistortionRates, factor: float = 1.0) -> Distortion:
+def draw_distortion(rng: np.random.Generator, rates: DistortionRates) -> Distortion:
     """Random colour changes of one crop."""
     jitter: list[tuple[str, float]] = []
-    if rng.random() < factor * JITTER_PROBABILITY:
+    if rng.random() < JITTER_PROBABILITY:
         jitter = [
             ("brightness", rng.uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS)),
             ("contrast", rng.uniform(1 - CONTRAST, 1 + CONTRAST)),
@@ -169,9 +166,9 @@ def draw_distortion(rng: np.random.Generator, rates: DistortionRates, factor: fl
             ("hue", rng.uniform(-HUE, HUE)),
         ]
         jitter = [jitter[index] for index in rng.permutation(len(jitter))]
-    grayscale = bool(rng.random() < factor * GRAYSCALE_PROBABILITY)
-    blur = float(rng.uniform(*BLUR_SIGMA)) if rng.random() < factor * rates.blur else None
-    return Distortion(tuple(jitter), grayscale, blur, bool(rng.random() < factor * rates.solarise))
+    grayscale = bool(rng.random() < GRAYSCALE_PROBABILITY)
+    blur = float(rng.uniform(*BLUR_SIGMA)) if rng.random() < rates.blur else None
+    return Distortion(tuple(jitter), grayscale, blur, bool(rng.random() < rates.solarise))
 
 
 def render(frames: np.ndarray, view: View, size: int) -> np.ndarray:

@@ -41,7 +41,6 @@ class SelfSupervisedData:
       mask_probability: share of the global crops that blocks mask; 0.5 for blocks if None, must be None for tubes.
       mask_ratio: smallest and largest share of a crop's patches that blocks mask; likewise, (0.1, 0.5).
       gram_size: side of the Gram teacher's crops in pixels; None makes none. Images only.
-      distortion: factor on how often crops are distorted, see `MultiCropSizes`.
 
     Raises:
       DataError: a field does not fit; the message names it.
@@ -60,7 +59,6 @@ class SelfSupervisedData:
     mask_probability: float | None = None
     mask_ratio: tuple[float, float] | None = None
     gram_size: int | None = None
-    distortion: float = 1.0
 
     def __post_init__(self):
         _require(len(self.sources) > 0, "sources", self.sources, "at least one")
@@ -73,7 +71,6 @@ class SelfSupervisedData:
             limit = source.max_frames
             if limit is not None and self.frames > limit:
                 raise DataError(f"frames: {self.frames}, but source {source.name} has {limit} frame in a record")
-        _require(0 <= self.distortion <= 1, "distortion", self.distortion, "0 to 1")
         self._check_sizes()
         self._check_masks()
 
@@ -197,9 +194,7 @@ class _Crops(grain.transforms.RandomMap):
         data = self.data
         source, index = data.locate(element)
         sample = source.sample(index, rng, data.frames, data.stride)
-        sizes = MultiCropSizes(
-            data.global_size, data.local_size, data.local_crops, data.gram_size, distortion=data.distortion
-        )
+        sizes = MultiCropSizes(data.global_size, data.local_size, data.local_crops, data.gram_size)
         crops = multicrop(sample.frames, rng, sizes)
         out = {
             "global_crops": crops.global_crops,

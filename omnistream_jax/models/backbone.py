@@ -14,8 +14,8 @@ from flax import struct
 
 from omnistream_jax.models.block import KERNEL_INIT, Block, LayerNorm
 from omnistream_jax.models.presets import BackboneConfig
-from omnistream_jax.ops.attention import attention, frame_causal_attention
-from omnistream_jax.ops.cache import BlockCache, frame_slot, visible_slots, write_frame
+from omnistream_jax.ops.attention import attend_cache, frame_causal_attention
+from omnistream_jax.ops.cache import BlockCache, frame_slot, write_frame
 from omnistream_jax.ops.images import normalize_frames, patchify
 from omnistream_jax.ops.rope import rope_tables
 
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
 
             def attend(query, key, value, block_cache=block_cache):
                 written = write_frame(block_cache, key[:, 0], value[:, 0], slot)
-                return _attend_cache(query, written, frame_index), written
+                return attend_cache(query[:, 0], written, frame_index)[:, None], written
 
             params = jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks)
             tokens, written = self._block().apply({"params": params}, tokens, rope, attend)
@@ -238,14 +238,6 @@ def select_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     if wrong:
         raise ValueError(f"layers: expected block indices 0 to {depth - 1}, got {wrong}")
     return layers
-
-
-def _attend_cache(query: jax.Array, cache: BlockCache, frame_index: jax.Array) -> jax.Array:
-    """One frame's queries [B, 1, P, H, D] to every written slot of the cache."""
-    batch, capacity, tokens = cache.key.shape[:3]
-    keys, values = (leaf.reshape(batch, capacity * tokens, *leaf.shape[3:]) for leaf in (cache.key, cache.value))
-    visible = jnp.repeat(visible_slots(frame_index, capacity), tokens, axis=1)[:, None, None]
-    return attention(query[:, 0], keys.astype(query.dtype), values.astype(query.dtype), visible)[:, None]
 
 
 def _scan_blocks(run_block, tokens, stacked, layers, depth) -> tuple[jax.Array, tuple[jax.Array, ...]]:

@@ -57,11 +57,6 @@ def write_frame(cache: BlockCache, key: jax.Array, value: jax.Array, slot: jax.A
     return BlockCache(key_buffer, value_buffer)
 
 
-def visible_slots(frame_index: jax.Array, capacity: int) -> jax.Array:
-    """Which slots hold a frame once frame `frame_index` [B] is written: bool [B, capacity]."""
-    return jnp.arange(capacity) <= frame_index[:, None]
-
-
 def grow_cache(cache: BlockCache, capacity: int) -> BlockCache:
     """The same cache with room for `capacity` frames."""
     room = ((0, 0), (0, capacity - cache.capacity), (0, 0), (0, 0), (0, 0))

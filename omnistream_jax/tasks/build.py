@@ -125,7 +125,6 @@ def _data(name: str, fields: Mapping[str, Any], patch_size: int, gram_size: int)
         patch_size=patch_size,
         mask_scheme="blocks" if fields.kind == "image" else "tubes",
         gram_size=gram_size or None,
-        distortion=fields.distortion,
         **clip,
     )
 
