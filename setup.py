@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "absl-py>=2.1",
     "av>=18",
-    "chex>=0.1.90",
+    "ml_dtypes>=0.4",
     "flax>=0.12",
     "grain>=0.2.18",
     "huggingface_hub>=0.30",
@@ -26,7 +26,7 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "hf": ["jinja2>=3.1", "transformers>=4.56"],
     "tfds": ["importlib_resources", "tensorflow-datasets>=4.9"],
-    "test": ["pytest>=8", "ruff>=0.12"],
+    "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.12"],
 }
 
 setup(
@@ -51,6 +51,5 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        "Typing :: Typed",
     ],
 )

@@ -5,7 +5,9 @@
 (no argument)   The quick start: a tiny model on the photographs and videos that come with the package. A CPU of 2
                 cores, under 5 minutes and 6 GB. It promises pictures, not quality. Writes runs/quickstart.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
-stage2          The paper's second stage: 120,000 steps at 512 x 512, from stage 1's `model` directory.
+stage2          The paper's second stage: 120,000 steps at 512 x 512, from stage 1's `model` directory:
+                --config.init.backbone=runs/stage1/model --config.self_supervision.gram.backbone=DINOV3_DIR
+                (the heads start anew: `model` holds the backbone).
 
 The paper's recipes need data and, as in the paper, DINOv3's weights to start from:
 
@@ -13,8 +15,8 @@ The paper's recipes need data and, as in the paper, DINOv3's weights to start fr
     --config.tasks.clip_ssl.paths=DIR[,DIR...]     videos, likewise
     --config.init.backbone=DIR                     DINOv3 in the Hugging Face layout, or one of our exports
 
-So far they train the self-supervised objective only; geometry and language join as they are built. Batches are split
-over all devices; running the same command again goes on from the last checkpoint.
+So far they train the self-supervised objective only; geometry and language join as they are built. A task of weight 0
+is left out. Batches are split over all devices; running the same command again goes on from the last checkpoint.
 """
 
 from ml_collections import ConfigDict
@@ -48,8 +50,8 @@ def _paper() -> ConfigDict:
     )
     config.init = ConfigDict({"backbone": ""})
 
-    # Adam as in the paper. DINOv3's defaults where it is silent: the gradient's global norm is clipped at clip_norm
-    # (0: not), and the heads' prototypes wait for freeze_prototypes_steps.
+    # Adam as in the paper. Where it is silent, after DINOv3: the gradient's norm is clipped at clip_norm (0: not; over
+    # all parameters, where DINOv3 takes each module's), and the heads' prototypes wait for freeze_prototypes_steps.
     config.optimizer = ConfigDict(
         {
             "peak": 1e-4,
@@ -70,15 +72,15 @@ def _paper() -> ConfigDict:
             "prototype_std": 0.02,
             "student_temperature": 0.1,
             "teacher_temperature": (0.04, 0.07),
-            "teacher_warmup_steps": 30_000,
+            "teacher_warmup_steps": 37_500,
             "teacher_momentum": (0.994, 1.0),
             "local_weight": 0.5,
             "koleo_weight": 0.1,
             "rope_jitter": 2.0,
-            # The Gram teacher is the pre-trained backbone of init.backbone; without one, copies of the EMA teacher,
-            # the first after first_snapshot steps (the term is off before), then every snapshot_every (0: never).
-            # size: side of its crops in pixels where it is not the student's (0).
-            "gram": {"weight": 1.0, "size": 0, "first_snapshot": 10_000, "snapshot_every": 10_000},
+            # The Gram teacher is the pre-trained backbone of gram.backbone, or else of init.backbone; without either,
+            # copies of the EMA teacher, the first after first_snapshot steps (the term is off before), then every
+            # snapshot_every (0: never). size: side of its crops in pixels where it is not the student's (0).
+            "gram": {"weight": 1.0, "backbone": "", "size": 0, "first_snapshot": 10_000, "snapshot_every": 10_000},
         }
     )
 
@@ -121,7 +123,7 @@ def _quick_start(config: ConfigDict) -> None:
     config.model.preset = "tiny"
     # A few hundred steps are enough only if the targets are sharp and the teacher is quick from the start: few, large
     # and fixed prototypes, one teacher temperature.
-    config.optimizer.update({"peak": 2e-3, "warmup_steps": 30, "freeze_prototypes_steps": config.steps})
+    config.optimizer.update({"peak": 2e-3, "warmup_steps": 30, "freeze_prototypes_steps": 1_000_000})
     config.self_supervision.update(
         {
             "prototypes": 256,

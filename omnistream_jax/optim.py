@@ -20,7 +20,7 @@ class Optimizer:
         steps: all steps; the learning rate falls to `final` by then along a cosine.
         final: last learning rate.
         beta1, beta2: Adam's decay rates.
-        clip_norm: the gradient's global norm is clipped to this, as DINOv3 does; 0 does not clip.
+        clip_norm: the gradient's norm over all parameters is clipped to this; 0 does not clip.
         freeze_prototypes_steps: the heads' last layers stay as they are for the first steps, as in DINO: else they
             learn to answer alike for all samples while the samples still look alike.
     """
@@ -55,16 +55,15 @@ class Optimizer:
             return adam
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), adam)
 
-    def frozen(self, gradients: Any, step: jax.Array) -> Any:
-        """The gradients, zero for what is frozen at this step."""
+    def frozen(self, changes: Any, step: jax.Array) -> Any:
+        """The changes to all parameters, zero for what is frozen at this step; Adam's moments fill meanwhile."""
 
-        def keep(path: tuple, gradient: jax.Array) -> jax.Array:
-            names = [getattr(key, "key", None) for key in path]
-            if PROTOTYPES not in names:
-                return gradient
-            return jnp.where(step < self.freeze_prototypes_steps, 0.0, gradient)
+        def keep(path: tuple, change: jax.Array) -> jax.Array:
+            if PROTOTYPES not in [getattr(key, "key", None) for key in path]:
+                return change
+            return jnp.where(step < self.freeze_prototypes_steps, 0.0, change)
 
-        return jax.tree_util.tree_map_with_path(keep, gradients)
+        return jax.tree_util.tree_map_with_path(keep, changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,9 +91,8 @@ def make_update(optimizer: Optimizer, teachers: TeacherSchedule) -> Callable[...
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(state: TrainState, gradients: Params, losses: Sequence[jax.Array]) -> tuple[TrainState, Params, Metrics]:
         norm = optax.global_norm(gradients)
-        trained = optimizer.frozen(gradients, state.step)
-        changes, optimizer_state = transform.update(trained, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, changes)
+        changes, optimizer_state = transform.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, optimizer.frozen(changes, state.step))
         step = state.step + 1
         momentum = cosine(*teachers.momentum, state.step, optimizer.steps)
         ema = state.ema

@@ -117,7 +117,7 @@ def advance(
     state = stream.state
     frame_index = stream.frame_index + frames.shape[1]
     if stream.options.window is None and (needed := int(frame_index.max())) > state.capacity:
-        state = _grow_program(state, bucket_capacity(needed))
+        state = _grown(state, bucket_capacity(needed))
     out, state = step_program(backbone, stream.options, params, state, frames)
     return out, dataclasses.replace(stream, state=state, frame_index=frame_index)
 
@@ -147,6 +147,19 @@ def step_program(
 
     state, out = jax.lax.scan(one_frame, state, jnp.moveaxis(frames, 1, 0))
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), out), state
+
+
+def _grown(state: StreamState, capacity: int) -> StreamState:
+    """The same state with room for `capacity` frames."""
+    if jax.default_backend() == "cpu":
+        # Host memory already: padding there compiles nothing, so a stream compiles one program a bucket.
+        def pad(leaf: jax.Array) -> jax.Array:
+            room = np.zeros((leaf.shape[0], capacity, *leaf.shape[2:]), leaf.dtype)
+            room[:, : leaf.shape[1]] = leaf
+            return jax.device_put(room)
+
+        return state.replace(cache=jax.tree.map(pad, state.cache))
+    return _grow_program(state, capacity)
 
 
 @functools.partial(jax.jit, static_argnums=1)

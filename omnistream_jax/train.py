@@ -5,6 +5,7 @@ random parameters. Batches are determined by the step, so that a run that was st
 """
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,43 +65,66 @@ def train(config: ConfigDict, workdir: Path) -> None:
     run = build(config)
     _print_counts(run)
     with WorkdirLock(workdir):
-        config_lib.remember(config, workdir, may_change=_MAY_CHANGE)
         keep_every = config.checkpoint.keep_every or None
         with Checkpoints(
             workdir / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=keep_every
         ) as checkpoints:
+            if not checkpoints.steps():  # a run that saved nothing binds nobody
+                (workdir / "config.json").unlink(missing_ok=True)
+            config_lib.remember(config, workdir, may_change=_MAY_CHANGE)
             state, start = _restore(checkpoints, run.state)
             with MetricsWriter(workdir, config.steps, restored_step=start, terminal_names=_TERMINAL) as metrics:
-                state = _run_steps(config, run, state, start, checkpoints, metrics)
+                try:
+                    state = _run_steps(config, run, state, start, checkpoints, metrics)
+                except KeyboardInterrupt:
+                    raise TrainingError("stopped; the same command goes on from the last checkpoint") from None
                 _finish(config, run, state, workdir, metrics)
 
 
 def build(config: ConfigDict) -> Run:
-    """Everything that the steps need, with the state before the first one."""
-    if config.init.backbone:
-        weights = layouts.read(config.init.backbone)
-        gram = gram_config(weights)
-    else:
-        weights, gram = None, None
+    """Everything that the steps need, with the state before the first one.
+
+    Raises:
+        ConfigError: a field does not fit.
+        WeightsError: the pre-trained weights cannot be read or do not fit the model.
+    """
+    start = layouts.read(config.init.backbone) if config.init.backbone else None
+    gram_path = config.self_supervision.gram.backbone
+    gram_weights = layouts.read(gram_path) if gram_path else start
     try:
+        _check(config)
         backbone, optimizer = build_backbone(config), build_optimizer(config)
-        if config.self_supervision.gram.weight == 0:
-            gram = None
-        elif weights is None:
-            gram = backbone.config
+        gram = None
+        if config.self_supervision.gram.weight != 0:
+            gram = backbone.config if gram_weights is None else gram_config(gram_weights)
         tasks = build_tasks(config, backbone, gram)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from error
 
     params = init_params(backbone, tasks, config.seed)
-    if weights is not None:
-        params = {**params, "backbone": initial_backbone(weights, backbone.config, params["backbone"])}
+    if start is not None:
+        params = {**params, "backbone": initial_backbone(start, backbone.config, params["backbone"])}
     whole = replicated(make_mesh())
     params = jax.device_put(params, whole)
     # Without pre-trained weights the Gram teacher holds a place until its first snapshot.
-    gram_params = None if gram is None else (params["backbone"] if weights is None else weights.params)
-    state = init_state(params, tasks, optimizer, jax.tree.map(jnp.copy, gram_params))
+    gram_params = params["backbone"] if gram_weights is None else gram_weights.params
+    state = init_state(params, tasks, optimizer, None if gram is None else jax.tree.map(jnp.copy, gram_params))
     return Run(backbone, tasks, optimizer, jax.device_get(params["backbone"]), jax.device_put(state, whole))
+
+
+def _check(config: ConfigDict) -> None:
+    """What would else fail only after hours of training."""
+    least = {"seed": 0, "log_every": 1, "checkpoint.every": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 0}
+    for field, smallest in (least | {"evaluation.picture_frames": 1}).items():
+        value = operator.attrgetter(field)(config)
+        if value < smallest:
+            raise config_lib.ConfigError(f"{field}: expected {smallest} or more, got {value}")
+    patch = build_backbone(config).config.patch_size
+    for field in ("picture_size", "retrieval_size"):
+        side = config.evaluation[field]
+        if side < patch or side % patch:
+            raise config_lib.ConfigError(f"evaluation.{field}: expected a multiple of {patch}, got {side}")
+    heldout_clip(config.evaluation.picture_frames, patch, patch)
 
 
 def _restore(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:

@@ -110,11 +110,31 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
         ("optimizer__warmup_steps", 100, r"optimizer.warmup_steps"),
         ("tasks__image_ssl__kind", "sound", r"tasks.image_ssl.kind"),
         ("tasks__image_ssl__global_size", 33, r"global_size: 33"),
+        ("tasks__clip_ssl__batch_size", 1, r"tasks.clip_ssl.batch_size: expected 2 or more"),
+        ("tasks__image_ssl__local_crops", 0, r"tasks.image_ssl.local_crops"),
+        ("self_supervision__gram__first_snapshot", 0, r"self_supervision.gram.first_snapshot"),
+        ("self_supervision__rope_jitter", 0.0, r"self_supervision.rope_jitter"),
+        ("self_supervision__teacher_momentum", (0.9, 1.1), r"self_supervision.teacher_momentum"),
+        ("checkpoint__every", 0, r"checkpoint.every: expected 1 or more"),
+        ("log_every", 0, r"log_every"),
+        ("evaluation__retrieval_size", 100, r"evaluation.retrieval_size: expected a multiple of 16"),
+        ("evaluation__picture_frames", 99, r"99 frames were asked for"),
     ],
 )
 def test_a_config_that_cannot_work_is_one_clear_error(field, value, message):
     with pytest.raises(ConfigError, match=message):
         train_lib.build(small_config(**{field: value}))
+
+
+def test_the_gram_term_waits_for_a_snapshot_that_the_run_never_reaches():
+    run = train_lib.build(small_config(steps=6, self_supervision__gram__first_snapshot=100))
+    assert run.tasks[0].settings.gram_from_step == 100
+
+
+def test_a_run_that_saved_nothing_does_not_bind_the_next_config(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    train_lib.train(small_config(steps=2, checkpoint__every=2), tmp_path)
+    assert (tmp_path / "model" / "config.json").exists()
 
 
 def test_every_weight_zero_is_refused():

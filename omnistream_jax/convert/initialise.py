@@ -14,7 +14,8 @@ from omnistream_jax.models.presets import BackboneConfig
 def initial_backbone(weights: layouts.Weights, config: BackboneConfig, fresh: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a backbone of `config` that start from other weights.
 
-    OmniStream's are taken as they are. DINOv3's have one version of the register tokens, no key bias and no camera
+    OmniStream's are taken as they are, and must be used with the rotary layout and time unit that they were trained
+    with. DINOv3's have one version of the register tokens, no key bias and no camera
     token: the registers are copied to both versions, the key bias is zero, CAM and its embedding stay as in `fresh`.
 
     Args:
@@ -23,9 +24,11 @@ def initial_backbone(weights: layouts.Weights, config: BackboneConfig, fresh: Ma
         fresh: randomly initialised parameters of that backbone.
 
     Raises:
-        WeightsError: the sizes differ; all fields that do are named.
+        WeightsError: the configurations differ; all fields that do are named.
     """
     sizes = ("width", "depth", "heads", "mlp_width", "patch_size", "mlp", "registers", "rope_base", "norm_epsilon")
+    if weights.family == "omnistream":
+        sizes += ("rope", "time_unit")
     wrong = [
         f"{field}: {getattr(weights.config, field)}, the model has {getattr(config, field)}"
         for field in sizes

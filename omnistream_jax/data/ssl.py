@@ -102,13 +102,13 @@ class SelfSupervisedData:
         probability = 0.5 if self.mask_probability is None else self.mask_probability
         return probability, (0.1, 0.5) if self.mask_ratio is None else self.mask_ratio
 
-    def max_masked(self, samples: int) -> int:
-        """An upper bound, at least 1, on the masked patches in the global crops of so many samples of a batch."""
-        crops, patches = samples * GLOBAL_CROPS, (self.global_size // self.patch_size) ** 2
-        if self.mask_scheme == "tubes":
-            return crops * self.frames * patches
-        probability, (_, largest) = self.blocks
-        return max(1, int(crops * probability) * int(patches * largest) * self.frames)
+    @property
+    def max_masked(self) -> int:
+        """An upper bound, at least 1, on the masked patches of one global crop, all frames together."""
+        patches = (self.global_size // self.patch_size) ** 2
+        if self.mask_scheme == "blocks":
+            patches = max(1, int(patches * self.blocks[1][1]))
+        return patches * self.frames
 
     def dataset(self, seed: int, process_index: int, process_count: int) -> grain.MapDataset:
         """Endless batches of this process: element `step` is a SelfSupervisedBatch of that step.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -39,6 +40,7 @@ def build_tasks(config: ConfigDict, backbone: Backbone, gram: BackboneConfig | N
         backbone: the student's.
         gram: configuration of the Gram teacher's backbone; None if the term is off.
     """
+    _check_self_supervision(config.self_supervision)
     tasks = [
         _self_supervision(name, fields, config, backbone, gram)
         for name, fields in config.tasks.items()
@@ -57,16 +59,37 @@ def build_optimizer(config: ConfigDict) -> Optimizer:
 def gram_snapshots(config: ConfigDict) -> tuple[int, ...]:
     """After how many updates the Gram teacher becomes a copy of the EMA teacher; () with pre-trained weights."""
     gram = config.self_supervision.gram
-    if config.init.backbone or gram.weight == 0:
+    if gram.backbone or config.init.backbone:
         return ()
     if gram.snapshot_every == 0:
         return (gram.first_snapshot,)
-    return tuple(range(gram.first_snapshot, config.steps, gram.snapshot_every))
+    return tuple(range(gram.first_snapshot, max(config.steps, gram.first_snapshot + 1), gram.snapshot_every))
 
 
 def teacher_schedule(config: ConfigDict) -> TeacherSchedule:
     """How the EMA and the Gram teacher follow the student."""
     return TeacherSchedule(tuple(config.self_supervision.teacher_momentum), gram_snapshots(config))
+
+
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}: expected {expected}, got {value!r}")
+
+
+def _check_self_supervision(fields: ConfigDict) -> None:
+    name = "self_supervision"
+    for field in ("prototypes", "head_hidden", "head_bottleneck"):
+        _require(fields[field] >= 1, f"{name}.{field}", fields[field], "1 or more")
+    for field in ("prototype_std", "student_temperature", "rope_jitter"):
+        _require(fields[field] > 0, f"{name}.{field}", fields[field], "a positive number")
+    temperature, momentum = tuple(fields.teacher_temperature), tuple(fields.teacher_momentum)
+    fits = len(temperature) == 2 and min(temperature) > 0
+    _require(fits, f"{name}.teacher_temperature", temperature, "(first, last), both positive")
+    fits = len(momentum) == 2 and 0 <= min(momentum) <= max(momentum) <= 1
+    _require(fits, f"{name}.teacher_momentum", momentum, "(first, last), both 0 to 1")
+    gram = fields.gram
+    _require(gram.first_snapshot >= 1, f"{name}.gram.first_snapshot", gram.first_snapshot, "1 or more")
+    _require(gram.snapshot_every >= 0, f"{name}.gram.snapshot_every", gram.snapshot_every, "0 or more")
 
 
 def _self_supervision(
@@ -75,6 +98,12 @@ def _self_supervision(
     shared = config.self_supervision
     if fields.kind not in ("image", "clip"):
         raise ConfigError(f"tasks.{name}.kind: expected image or clip, got {fields.kind!r}")
+    # KoLeo needs a neighbour, and DINO compares local crops with global ones.
+    _require(fields.batch_size >= 2, f"tasks.{name}.batch_size", fields.batch_size, "2 or more")
+    _require(fields.local_crops >= 1, f"tasks.{name}.local_crops", fields.local_crops, "1 or more")
+    devices = jax.device_count()
+    whole = fields.batch_size % devices == 0
+    _require(whole, f"tasks.{name}.batch_size", fields.batch_size, f"a multiple of the {devices} devices")
     snapshots = gram_snapshots(config)
     settings = SelfSupervisionSettings(
         student_temperature=shared.student_temperature,

@@ -41,7 +41,7 @@ class SelfSupervisionSettings:
 
     student_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    teacher_warmup_steps: int = 30_000
+    teacher_warmup_steps: int = 37_500
     local_weight: float = 0.5
     koleo_weight: float = 0.1
     gram_weight: float = 1.0
@@ -88,8 +88,8 @@ class SelfSupervisionTask:
         settings = self.settings
         samples, views = batch["global_crops"].shape[:2]
         temperature = linear(*settings.teacher_temperature, teachers.step, settings.teacher_warmup_steps)
-        masks = _crops_first(batch["masks"])  # [G * B, T, h, w]
-        rows = _MaskedRows.of(masks, self.data.max_masked(samples))
+        masks = _merged(batch["masks"])  # [B * G, T, h, w]
+        rows = _MaskedRows.of(masks, self.data.max_masked)
 
         teacher = self._targets(teachers.ema, batch, rows, temperature)
         global_key, local_key = jax.random.split(key)
@@ -97,8 +97,7 @@ class SelfSupervisionTask:
         student_local = self._student(params["backbone"], batch["local_crops"], local_key, None)
 
         def dino_logits(out: BackboneOutput) -> jax.Array:  # [crops, B, K]
-            logits = self.dino_head.apply({"params": params["dino_head"]}, _clip_token(out))
-            return logits.reshape(-1, samples, logits.shape[-1])
+            return _by_crop(self.dino_head.apply({"params": params["dino_head"]}, _clip_token(out)), samples)
 
         compare = functools.partial(dino_loss, teacher_probs=teacher.cls_probs)
         temperature_s = settings.student_temperature
@@ -111,8 +110,7 @@ class SelfSupervisionTask:
         patch_logits = self.ibot_head.apply({"params": params["ibot_head"]}, rows.gather(student.patches))
         ibot = ibot_loss(patch_logits, teacher.patch_probs, rows.weight, masks.shape[0], temperature_s)
 
-        cls = _clip_token(student).reshape(views, samples, -1)
-        koleo = sum(koleo_loss(view) for view in cls) / views
+        koleo = sum(koleo_loss(view) for view in _by_crop(_clip_token(student), samples)) / views
 
         metrics = {
             "dino_global": dino_global,
@@ -120,6 +118,7 @@ class SelfSupervisionTask:
             f"ibot_{self.kind}": ibot,
             "koleo": koleo,
             "teacher_entropy": teacher.entropy,
+            f"teacher_entropy_{self.kind}": teacher.entropy,
             "target_entropy": teacher.target_entropy,
         }
         total = dino + ibot + settings.koleo_weight * views * koleo
@@ -129,23 +128,23 @@ class SelfSupervisionTask:
         return total, metrics
 
     def _student(self, params: Params, crops: jax.Array, key: jax.Array, masks: jax.Array | None) -> BackboneOutput:
-        """Features of crops [B, C, T, H, W, 3], crops first: [C * B, T, ...]."""
+        """Features of crops [B, C, T, H, W, 3]: [B * C, T, ...]."""
         limit = jnp.log(self.settings.rope_jitter)
         time, space = jnp.exp(jax.random.uniform(key, (2,), minval=-limit, maxval=limit))
-        return self.backbone.apply({"params": params}, _crops_first(crops), masks=masks, rope_scale=(time, space))
+        return self.backbone.apply({"params": params}, _merged(crops), masks=masks, rope_scale=(time, space), layers=())
 
     def _targets(
         self, ema: Params, batch: Mapping[str, jax.Array], rows: "_MaskedRows", temperature: jax.Array
     ) -> "_Targets":
         """The EMA teacher's centred probabilities on the unmasked global crops."""
-        out = self.backbone.apply({"params": ema["backbone"]}, _crops_first(batch["global_crops"]))
-        samples, views = batch["global_crops"].shape[:2]
-        cls_logits = self.dino_head.apply({"params": ema["dino_head"]}, _clip_token(out))  # [G * B, K]
+        out = self.backbone.apply({"params": ema["backbone"]}, _merged(batch["global_crops"]), layers=())
+        samples = batch["global_crops"].shape[0]
+        cls_logits = self.dino_head.apply({"params": ema["dino_head"]}, _clip_token(out))  # [B * G, K]
         patch_logits = self.ibot_head.apply({"params": ema["ibot_head"]}, rows.gather(out.patches))
         cls_probs = sinkhorn_knopp(cls_logits, temperature)
         entropy = teacher_entropy(cls_logits, cls_probs, temperature)
         return _Targets(
-            cls_probs=cls_probs.reshape(views, samples, -1),
+            cls_probs=_by_crop(cls_probs, samples),
             patch_probs=sinkhorn_knopp(patch_logits, temperature, row_mask=rows.real),
             entropy=entropy.batch_mean,
             target_entropy=entropy.targets,
@@ -153,12 +152,12 @@ class SelfSupervisionTask:
 
     def _gram(self, student: BackboneOutput, teachers: Teachers, batch: Mapping[str, jax.Array]) -> jax.Array:
         """The Gram term of the global crops of images; 0 until the Gram teacher stands."""
-        crops = _crops_first(batch.get("gram_crops", batch["global_crops"]))
-        student_patches = student.patches[:, 0]  # [G * B, h, w, d]
+        crops = _merged(batch.get("gram_crops", batch["global_crops"]))
+        student_patches = student.patches[:, 0]  # [B * G, h, w, d]
         flat = (student_patches.shape[0], -1, student_patches.shape[-1])
 
         def compare() -> jax.Array:
-            out = self.gram_backbone.apply({"params": teachers.gram}, crops)
+            out = self.gram_backbone.apply({"params": teachers.gram}, crops, layers=())
             target = resize_patches(out.patches[:, 0], *student_patches.shape[1:3])
             return gram_loss(student_patches.reshape(flat), jax.lax.stop_gradient(target).reshape(flat))
 
@@ -175,34 +174,43 @@ class _Targets:
 
 @dataclasses.dataclass(frozen=True)
 class _MaskedRows:
-    """The masked patches of all crops, gathered into a static number M of rows; rows left over are padding."""
+    """The masked patches of each crop, gathered into a static number R of rows a crop; rows left over are padding.
 
-    index: jax.Array  # [M] into [G * B * T * N]
-    real: jax.Array  # bool [M]
-    weight: jax.Array  # [M], 1 / masked patches of the row's crop, 0 for padding
+    Rows stay with their crop, so that a batch that is split over devices stays split.
+    """
+
+    index: jax.Array  # [B * G, R] into the T * N patches of a crop
+    real: jax.Array  # bool [B * G * R]
+    weight: jax.Array  # [B * G * R], 1 / masked patches of the row's crop, 0 for padding
 
     @classmethod
     def of(cls, masks: jax.Array, count: int) -> "_MaskedRows":
-        """The rows of masks [G * B, T, h, w]."""
-        flat = masks.reshape(-1)
-        index = jnp.flatnonzero(flat, size=count, fill_value=0)
-        real = jnp.arange(count) < flat.sum()
-        per_crop = masks.reshape(masks.shape[0], -1).sum(-1)
-        weight = jnp.where(real, 1.0 / jnp.maximum(per_crop, 1)[index // masks[0].size], 0.0)
-        return cls(index, real, weight)
+        """The rows of masks [B * G, T, h, w], at most `count` of them set in a crop."""
+        flat = masks.reshape(masks.shape[0], -1)
+        index = jnp.argsort(~flat, axis=1, stable=True)[:, :count]
+        real = jnp.take_along_axis(flat, index, axis=1)
+        weight = real / jnp.maximum(flat.sum(1, keepdims=True), 1)
+        return cls(index, real.reshape(-1), weight.reshape(-1))
 
     def gather(self, patches: jax.Array) -> jax.Array:
-        """Patches [G * B, T, h, w, d] at the rows: [M, d]."""
-        return patches.reshape(-1, patches.shape[-1])[self.index]
+        """Patches [B * G, T, h, w, d] at the rows: [B * G * R, d]."""
+        width = patches.shape[-1]
+        rows = jnp.take_along_axis(patches.reshape(len(self.index), -1, width), self.index[..., None], axis=1)
+        return rows.reshape(-1, width)
 
 
-def _crops_first(crops: jax.Array) -> jax.Array:
-    """[B, C, ...] to [C * B, ...]."""
-    return crops.swapaxes(0, 1).reshape(-1, *crops.shape[2:])
+def _merged(crops: jax.Array) -> jax.Array:
+    """[B, C, ...] to [B * C, ...]: samples outermost, the axis that is split over devices."""
+    return crops.reshape(-1, *crops.shape[2:])
+
+
+def _by_crop(rows: jax.Array, samples: int) -> jax.Array:
+    """[B * C, K] to [C, B, K]."""
+    return rows.reshape(samples, -1, rows.shape[-1]).swapaxes(0, 1)
 
 
 def _clip_token(out: BackboneOutput) -> jax.Array:
-    """The mean over time of the CLS tokens, float32 [C * B, d]."""
+    """The mean over time of the CLS tokens, float32 [B * C, d]."""
     return out.cls.astype(jnp.float32).mean(axis=1)
 
 
