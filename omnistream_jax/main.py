@@ -7,9 +7,10 @@ message explains, 2 a configuration that cannot work.
 from pathlib import Path
 
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
-from omnistream_jax import train
+from omnistream_jax import extract, train
 from omnistream_jax.checkpoint import CheckpointError
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
@@ -17,20 +18,41 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.utils.lock import WorkdirLockedError
 
 CONFIG = config_lib.define_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files lie; runs/NAME with the config's name if absent.")
-JOBS = ("train",)
-EXPLAINED = (CheckpointError, DataError, WeightsError, WorkdirLockedError, train.TrainingError)  # told without a trace
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where a training run's files lie; runs/NAME with the config's name if absent."
+)
+# Told without a trace.
+EXPLAINED = (
+    CheckpointError,
+    DataError,
+    WeightsError,
+    WorkdirLockedError,
+    extract.ExtractionError,
+    train.TrainingError,
+)
 
 
-def main(_: list[str]) -> None:
-    """Run the job that the config names."""
+def main(_: list[str]) -> int | None:
+    """Run the job that the config names; its exit status, None for 0."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every save in ten lines
     config = CONFIG.value
     if config.job not in JOBS:
         raise ConfigError(f"job: expected one of {', '.join(JOBS)}, got {config.job!r}")
+    return JOBS[config.job](config)
+
+
+def _train(config: ConfigDict) -> None:
     train.train(config, Path(WORKDIR.value or f"runs/{config.name}"))
 
+
+def _extract(config: ConfigDict) -> int:
+    if WORKDIR.present:
+        raise ConfigError("workdir: extraction writes to --config.output=DIR")
+    return extract.extract(config)
+
+
+JOBS = {"train": _train, "extract": _extract}
 
 if __name__ == "__main__":
     config_lib.run(main, errors=EXPLAINED)

@@ -1,0 +1,62 @@
+"""What the README's first command must have shown, where it has been run in this checkout (as .ci/run does)."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from training_cases import PRETRAIN, REPOSITORY
+
+import omnistream_jax
+from omnistream_jax import config as config_lib
+from omnistream_jax.utils.metrics import read_metrics
+
+WORKDIR = REPOSITORY / "runs" / "quickstart"
+TERMS = ("dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    config = config_lib.load(PRETRAIN)
+    path = WORKDIR / "metrics.jsonl"
+    found = read_metrics(path) if path.exists() else []
+    if not found or found[-1]["step"] != config.steps:
+        pytest.skip(f"{path}: no finished quick start here; the README's first command makes one")
+    return found
+
+
+def steps_of(rows):
+    return [row for row in rows if "loss" in row]
+
+
+def test_the_loss_falls(rows):
+    losses = [row["loss"] for row in steps_of(rows)]
+    assert np.mean(losses[-5:]) < 0.85 * losses[0]
+    assert np.mean(losses[-5:]) < np.mean(losses[1:6])
+
+
+def test_every_term_is_finite_and_moves(rows):
+    for term in TERMS:
+        values = [row[term] for row in steps_of(rows)]
+        assert np.isfinite(values).all(), term
+        assert len(set(values)) > 10, term
+
+
+def test_the_teacher_does_not_collapse(rows):
+    prototypes = config_lib.load(PRETRAIN).self_supervision.prototypes
+    for row in steps_of(rows):
+        for kind in ("image", "clip"):
+            assert row[f"teacher_entropy_{kind}"] > 0.3 * math.log(prototypes)
+
+
+def test_patches_are_found_again_ten_points_more_often_than_before_training(rows):
+    final = rows[-1]
+    assert final["retrieval_within1_trained"] >= final["retrieval_within1_untrained"] + 10
+    assert final["retrieval_top1_trained"] > final["retrieval_top1_untrained"]
+
+
+def test_the_picture_and_the_model_are_there(rows):
+    assert Image.open(WORKDIR / "features.png").size[0] > 1000
+    model = omnistream_jax.load(WORKDIR / "model")
+    out = model.encode(np.zeros((1, 2, 32, 32, 3), np.uint8))
+    assert np.isfinite(out.patches).all()
