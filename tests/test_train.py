@@ -10,6 +10,7 @@ from PIL import Image
 from training_cases import PRETRAIN, REPOSITORY, small_config
 
 import omnistream_jax
+from omnistream_jax import config as config_lib
 from omnistream_jax import train as train_lib
 from omnistream_jax.checkpoint import Checkpoints
 from omnistream_jax.config import ConfigError
@@ -140,6 +141,43 @@ def test_a_run_that_saved_nothing_does_not_bind_the_next_config(tmp_path):
 def test_every_weight_zero_is_refused():
     with pytest.raises(ConfigError, match="every weight is 0"):
         train_lib.build(small_config(tasks__image_ssl__weight=0.0, tasks__clip_ssl__weight=0.0))
+
+
+def reduced(recipe):
+    """A recipe of the paper's at a size for tests, one step of it; what is not named here stays the recipe's."""
+    fields = {
+        "steps": 1,
+        "model.preset": "tiny",
+        "optimizer.warmup_steps": 0,
+        "self_supervision.prototypes": 16,
+        "self_supervision.head_hidden": 16,
+        "self_supervision.head_bottleneck": 8,
+        "loader.workers": 0,
+        "evaluation.picture_frames": 2,
+        "evaluation.picture_size": 32,
+        "evaluation.retrieval_size": 32,
+    }
+    for task in ("image_ssl", "clip_ssl"):
+        small = {"paths": "embedded", "batch_size": 2, "global_size": 32, "local_size": 16}
+        fields |= {f"tasks.{task}.{name}": value for name, value in small.items()}
+    fields["tasks.clip_ssl.frames"] = 2
+    return config_lib.load(f"{PRETRAIN}:{recipe}", fields)
+
+
+@pytest.mark.parametrize(("recipe", "remat"), [("stage1", False), ("stage2", True)])
+def test_a_recipe_of_the_paper_runs(recipe, remat, tmp_path):
+    config = reduced(recipe)
+    assert config.name == recipe
+    assert config.model.remat == remat
+    train_lib.train(config, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    (step,) = [row for row in rows if "loss" in row]
+    assert step["step"] == 1
+    assert all(np.isfinite(step[term]) for term in ("loss", "gradient_norm", *TERMS))
+    assert step["gradient_norm"] > 0
+    assert step["gram"] == 0, "without pre-trained weights the Gram term waits for its first snapshot"
+    assert np.isfinite(rows[-1]["retrieval_top1_trained"])
+    assert omnistream_jax.load(tmp_path / "model").config.width == 128
 
 
 def run_main(*arguments):
