@@ -50,8 +50,8 @@ def _paper() -> ConfigDict:
     )
     config.init = ConfigDict({"backbone": ""})
 
-    # Adam as in the paper. Where it is silent, after DINOv3: the gradient's norm is clipped at clip_norm (0: not; over
-    # all parameters, where DINOv3 takes each module's), and the heads' prototypes wait for freeze_prototypes_steps.
+    # Adam as in the paper. Where it is silent, as DINOv3: the norm of each module's gradient is clipped at clip_norm
+    # (0: not), and the heads' prototypes wait for freeze_prototypes_steps.
     config.optimizer = ConfigDict(
         {
             "peak": 1e-4,

@@ -1,6 +1,7 @@
 """Schedules and the optimiser: Adam with warm-up and cosine decay, no weight decay (OmniStream, Sec. 4)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ class Optimizer:
         steps: all steps; the learning rate falls to `final` by then along a cosine.
         final: last learning rate.
         beta1, beta2: Adam's decay rates.
-        clip_norm: the gradient's norm over all parameters is clipped to this; 0 does not clip.
+        clip_norm: the norm of each module's gradient (backbone, each head) is clipped to this, as DINOv3 does; 0 does
+            not clip.
         freeze_prototypes_steps: the heads' last layers stay as they are for the first steps, as in DINO: else they
             learn to answer alike for all samples while the samples still look alike.
     """
@@ -49,11 +51,19 @@ class Optimizer:
         return jnp.where(step < self.warmup_steps, warmup, decay)
 
     def transform(self) -> optax.GradientTransformation:
-        """The optax transformation; its state counts the steps."""
-        adam = optax.adam(self.learning_rate, b1=self.beta1, b2=self.beta2)
+        """Adam with its schedule; the state counts the steps."""
+        return optax.adam(self.learning_rate, b1=self.beta1, b2=self.beta2)
+
+    def clipped(self, gradients: Mapping[str, Any]) -> dict[str, Any]:
+        """The gradients {module name: tree}, each module's norm at most `clip_norm`."""
         if self.clip_norm == 0:
-            return adam
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adam)
+            return dict(gradients)
+
+        def clip(tree: Any) -> Any:
+            factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(optax.global_norm(tree), 1e-12))
+            return jax.tree.map(lambda leaf: factor * leaf, tree)
+
+        return {name: clip(tree) for name, tree in gradients.items()}
 
     def frozen(self, changes: Any, step: jax.Array) -> Any:
         """The changes to all parameters, zero for what is frozen at this step; Adam's moments fill meanwhile."""

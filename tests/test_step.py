@@ -106,6 +106,15 @@ def test_the_gram_teacher_is_a_copy_of_the_ema_teacher_at_its_snapshots():
     np.testing.assert_array_equal(seen[2][0], seen[1][1])
 
 
+def test_each_module_is_clipped_by_its_own_norm():
+    optimizer = dataclasses.replace(OPTIMIZER, clip_norm=1.0)
+    gradients = {"backbone": {"w": jnp.array([3.0, 4.0])}, "head": {"w": jnp.array([0.3, 0.4])}}
+    clipped = optimizer.clipped(gradients)
+    np.testing.assert_allclose(clipped["backbone"]["w"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(clipped["head"]["w"], [0.3, 0.4], rtol=1e-6)
+    chex.assert_trees_all_equal(OPTIMIZER.clipped(gradients), gradients)
+
+
 def test_prototypes_wait_for_their_step():
     optimizer = dataclasses.replace(OPTIMIZER, freeze_prototypes_steps=2)
     gradients = {"head": {"last_layer": {"kernel": jnp.ones(2)}, "mlp_0": {"kernel": jnp.ones(2)}}}
