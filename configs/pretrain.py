@@ -122,8 +122,8 @@ def _quick_start(config: ConfigDict) -> None:
     config.steps = 350
     config.model.preset = "tiny"
     # A few hundred steps are enough only if the targets are sharp and the teacher is quick from the start: few, large
-    # and fixed prototypes, one teacher temperature.
-    config.optimizer.update({"peak": 2e-3, "warmup_steps": 30, "freeze_prototypes_steps": 1_000_000})
+    # and fixed prototypes, one teacher temperature, gradients as they are.
+    config.optimizer.update({"peak": 2e-3, "warmup_steps": 30, "clip_norm": 0.0, "freeze_prototypes_steps": 1_000_000})
     config.self_supervision.update(
         {
             "prototypes": 256,
