@@ -71,7 +71,6 @@ def recompute(frames: int) -> Callable[[], object]:
     """All frames at once, each seeing all: no cache, no mask."""
     pictures = images(frames)
     shape = (1, frames, 3, arguments.size, arguments.size)
-    core.enable_causal_temporal = True
     everything = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)  # broadcasts over queries and keys
     return lambda: core(pictures, shape, attention_mask=everything, total_length=max(STREAM_UNIT, frames))
 
