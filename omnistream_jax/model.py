@@ -12,9 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from omnistream_jax.convert import layouts
-from omnistream_jax.models.backbone import Backbone, BackboneOutput, default_dtype, select_layers
+from omnistream_jax.models.backbone import (
+    Backbone,
+    BackboneOutput,
+    default_dtype,
+    select_layers,
+    streaming_params,
+)
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.ops.attention import check_window
+from omnistream_jax.ops.cache import CACHE_DTYPES
 from omnistream_jax.stream import Stream, StreamOptions, advance, open_state
 
 Frames = jax.Array | np.ndarray
@@ -85,6 +92,7 @@ class Model:
         camera_token: bool = False,
         aspect_ratio: Frames | Sequence[float] | None = None,
         time_unit: float | None = None,
+        cache_dtype: str | None = None,
     ) -> Stream:
         """A batch of streams before their first frames, each with its own clock.
 
@@ -94,6 +102,11 @@ class Model:
             window: frames that a query sees, its own and the sinks included; None sees the whole stream.
             sinks: first frames of a stream that stay visible for ever.
             layers, camera_token, aspect_ratio, time_unit: as in `encode`.
+            cache_dtype: of the cached keys and values: "float32", "bfloat16", "float16" or "int8"; None takes the
+                activations' own. "int8" has a quarter of float32's memory and errs by a few percent.
+
+        Raises:
+            ValueError: naming the argument that does not fit.
         """
         for name, value in (("batch", batch), ("height", height), ("width", width)):
             if not isinstance(value, (int, np.integer)):
@@ -112,15 +125,20 @@ class Model:
             layers=select_layers(layers, self.config.depth),
             camera_token=camera_token,
             time_unit=self._time_unit(time_unit),
+            cache_dtype=self._cache_dtype(cache_dtype),
         )
         return Stream(options, open_state(self.backbone, options, aspect_ratio), np.zeros(batch, np.int64))
 
-    def step(self, stream: Stream, frames: Frames, *, check: bool = False) -> tuple[BackboneOutput, Stream]:
+    def step(
+        self, stream: Stream, frames: Frames, *, active: np.ndarray | None = None, check: bool = False
+    ) -> tuple[BackboneOutput, Stream]:
         """Feed the next frames to a stream; the stream passed in is consumed (its cache is donated).
 
         Args:
             stream: of `open_stream` or of the last step.
             frames: [B, n, H, W, 3] as in `encode`, any n >= 1.
+            active: bool [B], the streams that take these frames; the others pause: their frames are ignored and their
+                features mean nothing. None: all. A mask compiles a program of its own, whatever is in it.
             check: refuse frames with NaN or infinities (waits for the device).
 
         Returns:
@@ -135,7 +153,17 @@ class Model:
                 f"frames: the stream was opened for [{expected[0]}, n, {expected[1]}, {expected[2]}, 3], "
                 f"got {list(frames.shape)}"
             )
-        return advance(self.backbone, self.params, stream, frames)
+        if active is not None:
+            active = np.asarray(active)
+            if active.shape != (options.batch,) or active.dtype != bool:
+                raise ValueError(f"active: expected a bool mask of shape ({options.batch},), got {active!r}")
+        backbone, params = self._streaming
+        return advance(backbone, params, stream, frames, active)
+
+    @functools.cached_property
+    def _streaming(self) -> tuple[Backbone, dict]:
+        """The backbone and its parameters as steps take them."""
+        return self.backbone.clone(streaming=True), streaming_params(self.params, self.backbone.dtype)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors in the layout of the weights' family; `load` reads them back."""
@@ -147,6 +175,12 @@ class Model:
             source=self.source,
             storage_dtype=self.storage_dtype,
         )
+
+    def _cache_dtype(self, cache_dtype: Any) -> str:
+        dtype = jnp.dtype(self.backbone.dtype).name if cache_dtype is None else cache_dtype
+        if dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype: expected one of {', '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
+        return dtype
 
     def _time_unit(self, time_unit: float | None) -> float:
         try:

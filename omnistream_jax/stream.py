@@ -39,6 +39,7 @@ class StreamOptions:
     layers: tuple[int, ...]
     camera_token: bool
     time_unit: float
+    cache_dtype: str
 
 
 @struct.dataclass
@@ -100,7 +101,7 @@ def open_state(backbone: Backbone, options: StreamOptions, aspect_ratio: np.ndar
     tokens = patches + 1 + int(options.camera_token) + config.registers
     capacity = options.window if options.window is not None else bucket_capacity(1)
     cache = tuple(
-        empty_cache(options.batch, capacity, tokens, config.heads, config.head_width, backbone.dtype)
+        empty_cache(options.batch, capacity, tokens, config.heads, config.head_width, jnp.dtype(options.cache_dtype))
         for _ in range(config.depth)
     )
     return StreamState(
@@ -111,22 +112,37 @@ def open_state(backbone: Backbone, options: StreamOptions, aspect_ratio: np.ndar
 
 
 def advance(
-    backbone: Backbone, params: dict, stream: Stream, frames: jax.Array | np.ndarray
+    backbone: Backbone, params: dict, stream: Stream, frames: jax.Array | np.ndarray, active: np.ndarray | None = None
 ) -> tuple[BackboneOutput, Stream]:
-    """Feed frames [B, n, H, W, 3] to a stream: features [B, n, ...] and the stream after them."""
-    state = stream.state
-    frame_index = stream.frame_index + frames.shape[1]
-    if stream.options.window is None and (needed := int(frame_index.max())) > state.capacity:
+    """Feed frames [B, n, H, W, 3] to a stream: features [B, n, ...] and the stream after them.
+
+    Args:
+        backbone, params: with `streaming=True`, and the parameters of `streaming_params`.
+        stream: is consumed.
+        frames: of every stream; those of a stream that is not active are ignored.
+        active: bool [B], the streams that take these frames; None: all.
+    """
+    state, count = stream.state, frames.shape[1]
+    # Paused streams count too: the slot that they write, and overwrite with their next frame, must exist.
+    needed = int(stream.frame_index.max()) + count
+    if stream.options.window is None and needed > state.capacity:
         state = _grown(state, bucket_capacity(needed))
-    out, state = step_program(backbone, stream.options, params, state, frames)
+    out, state = step_program(backbone, stream.options, params, state, frames, active)
+    frame_index = stream.frame_index + (count if active is None else np.where(active, count, 0))
     return out, dataclasses.replace(stream, state=state, frame_index=frame_index)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def step_program(
-    backbone: Backbone, options: StreamOptions, params: dict, state: StreamState, frames: jax.Array
+    backbone: Backbone,
+    options: StreamOptions,
+    params: dict,
+    state: StreamState,
+    frames: jax.Array,
+    active: jax.Array | None,
 ) -> tuple[BackboneOutput, StreamState]:
     """The compiled step: scan over the frames [B, n, H, W, 3] of a chunk; the state is donated."""
+    advanced = 1 if active is None else active.astype(jnp.int32)
 
     def one_frame(state: StreamState, frame: jax.Array) -> tuple[StreamState, BackboneOutput]:
         out, cache = backbone.apply(
@@ -134,6 +150,7 @@ def step_program(
             frame[:, None],
             state.cache,
             state.frame_index,
+            active=active,
             layers=options.layers,
             camera_token=options.camera_token,
             aspect_ratio=state.aspect_ratio,
@@ -143,7 +160,7 @@ def step_program(
             method="step",
         )
         out = jax.tree.map(lambda leaf: leaf[:, 0], out)
-        return state.replace(cache=cache, frame_index=state.frame_index + 1), out
+        return state.replace(cache=cache, frame_index=state.frame_index + advanced), out
 
     state, out = jax.lax.scan(one_frame, state, jnp.moveaxis(frames, 1, 0))
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), out), state

@@ -10,18 +10,43 @@ Frame-causality (OmniStream eq. 3-4) is block-wise: a token sees all tokens of i
 
 so the queries of a frame meet a static prefix of the keys and no mask is needed. A window of W frames with S sinks
 keeps the first S frames and the newest W - S of that prefix.
+
+Which kernel computes it is chosen by `attention_path`: XLA's own products on a CPU, and everywhere in float32; cuDNN's
+fused attention on NVIDIA; splash attention for clips on a TPU.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omnistream_jax.ops.cache import BlockCache
+from omnistream_jax.ops.cache import BlockCache, read_frames
+from omnistream_jax.ops.cudnn import cudnn_attention
+from omnistream_jax.ops.splash import splash_frame_causal
+
+ATTENTION_PATHS = ("xla", "cudnn", "splash")
 
 # Up to this many groups of frames are unrolled; longer clips put several frames in a group.
 _UNROLLED_GROUPS = 16
 # Keys of the cache that are read at once while streaming (measured on a CPU: ViT-B, 201 tokens a frame).
-_CHUNK_TOKENS = 402
+_CHUNK_TOKENS = 256
+
+
+def attention_path(dtype: jnp.dtype) -> str:
+    """The fastest of ATTENTION_PATHS for activations of `dtype` on this process's devices."""
+    platform = _platform()
+    if platform == "cuda" and jnp.dtype(dtype).itemsize == 2:  # cuDNN has no float32
+        return "cudnn"
+    return "splash" if platform == "tpu" else "xla"
+
+
+@functools.cache
+def _platform() -> str:
+    device = jax.local_devices()[0]
+    if device.platform == "gpu" and "cuda" in device.client.platform_version.lower():
+        return "cuda"
+    return device.platform
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | None = None) -> jax.Array:
@@ -77,7 +102,13 @@ def _flat(tokens: jax.Array) -> jax.Array:
 
 
 def frame_causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, window: int | None = None, sinks: int = 1
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    window: int | None = None,
+    sinks: int = 1,
+    path: str = "xla",
 ) -> jax.Array:
     """Frame-causal attention of a whole clip, OmniStream eq. 3-4.
 
@@ -85,15 +116,19 @@ def frame_causal_attention(
         query, key, value: [B, T, P, H, D], already rotated.
         window: frames that a query sees, its own and the sinks included; None sees all earlier ones.
         sinks: first frames that stay visible under a window.
+        path: one of ATTENTION_PATHS.
 
     Returns:
         [B, T, P, H, D].
     """
     check_window(window, sinks)
+    if path == "splash":
+        return splash_frame_causal(query, key, value, window=window, sinks=sinks)
     frames = query.shape[1]
     if frames <= _UNROLLED_GROUPS:
+        attend = cudnn_attention if path == "cudnn" else attention
         outputs = [
-            attention(
+            attend(
                 query[:, t],
                 _flat(_visible_prefix(key, t, window, sinks)),
                 _flat(_visible_prefix(value, t, window, sinks)),
@@ -103,66 +138,81 @@ def frame_causal_attention(
         return jnp.stack(outputs, axis=1)
 
     per_group = -(-frames // _UNROLLED_GROUPS)
-    per_frame = query.shape[2]
     outputs = []
     for start in range(0, frames, per_group):
         stop = min(start + per_group, frames)
-        keys, values = _flat(key[:, :stop]), _flat(value[:, :stop])
-        key_frame = jnp.arange(stop * per_frame) // per_frame
-
-        def one_frame(item, keys=keys, values=values, key_frame=key_frame):
-            frame, frame_query = item
-            sees = _frame_sees(frame, key_frame, window, sinks)
-            # Zeroed as well as masked: a NaN in a frame still to come would pass through its zero weight.
-            return attention(frame_query, keys, jnp.where(sees[:, None, None], values, 0), sees)
-
+        keys, values = key[:, :stop], value[:, :stop]
+        if path == "cudnn" and window is None:
+            one_frame = functools.partial(_frame_in_prefix_cudnn, keys, values)
+        else:  # what a window leaves is no prefix, and a mask would cost cuDNN more than it saves
+            one_frame = functools.partial(_frame_in_prefix, keys, values, window, sinks)
         group = jnp.moveaxis(query[:, start:stop], 1, 0)
         outputs.append(jax.lax.map(one_frame, (jnp.arange(start, stop), group)))
     return jnp.moveaxis(jnp.concatenate(outputs), 0, 1)
 
 
-def attend_cache(query: jax.Array, cache: BlockCache, frame_index: jax.Array) -> jax.Array:
-    """One frame's queries to the frames in a cache, at the cost of the frames that are there.
+def _frame_in_prefix(keys, values, window, sinks, item) -> jax.Array:
+    """One frame's queries [B, P, H, D] to the frames [B, T, P, H, D] that it sees; item: (its index, queries)."""
+    frame, query = item
+    keys_flat, values_flat = _flat(keys), _flat(values)
+    sees = _frame_sees(frame, jnp.arange(keys_flat.shape[1]) // keys.shape[2], window, sinks)
+    # Zeroed as well as masked: a NaN in a frame still to come would pass through its zero weight.
+    return attention(query, keys_flat, jnp.where(sees[:, None, None], values_flat, 0), sees)
 
-    A loop over chunks of the cache with a running softmax (Milakov and Gimelshein 2018; FlashAttention): it ends with
-    the longest stream of the batch, whatever the capacity, and no scores larger than a chunk's are ever held.
+
+def _frame_in_prefix_cudnn(keys, values, item) -> jax.Array:
+    frame, query = item
+    lengths = jnp.full((query.shape[0],), (frame + 1) * keys.shape[2], jnp.int32)
+    return cudnn_attention(query, _flat(keys), _flat(values), lengths)
+
+
+def attend_cache(query: jax.Array, cache: BlockCache, visible_frames: jax.Array, *, path: str = "xla") -> jax.Array:
+    """One frame's queries to the frames in a cache, at the cost of the frames that are there.
 
     Args:
         query: [B, P, H, D], rotated.
         cache: of one block, the present frame written.
-        frame_index: int32 [B], index of the present frame in its stream.
+        visible_frames: int32 [B], the first slots of the cache that each stream sees, at least 1.
+        path: one of ATTENTION_PATHS.
 
     Returns:
         [B, P, H, D] in the query's dtype.
     """
+    if path == "cudnn":
+        keys, values = read_frames(cache, 0, cache.capacity, query.dtype)
+        return cudnn_attention(query, _flat(keys), _flat(values), visible_frames * query.shape[1])
+    return _attend_chunks(query, cache, visible_frames)
+
+
+def _attend_chunks(query: jax.Array, cache: BlockCache, visible_frames: jax.Array) -> jax.Array:
+    """A loop over chunks of the cache with a running softmax (Milakov and Gimelshein 2018; FlashAttention).
+
+    It ends with the longest stream of the batch, whatever the capacity, and no scores larger than a chunk's are held.
+    """
     batch, capacity, tokens, heads, width = cache.key.shape
     # Keeping the scores of a chunk small keeps them in the processor's cache.
     chunk = min(capacity, max(1, _CHUNK_TOKENS // tokens))
-    visible_frames = jnp.minimum(frame_index + 1, capacity)
     scaled = jnp.swapaxes(query, 1, 2) * query.shape[-1] ** -0.5  # [B, H, P, D]
 
-    def read(buffer: jax.Array, start: jax.Array) -> jax.Array:  # [B, H, chunk * P, D]
-        piece = jax.lax.dynamic_slice_in_dim(buffer, start, chunk, axis=1)
-        return jnp.swapaxes(piece.reshape(batch, chunk * tokens, heads, width), 1, 2).astype(query.dtype)
+    def read(start: jax.Array) -> list[jax.Array]:  # keys and values, [B, H, chunk * P, D]
+        pieces = read_frames(cache, start, chunk, query.dtype)
+        return [jnp.swapaxes(_flat(piece), 1, 2) for piece in pieces]
 
     def one_chunk(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, summed = carry
         # The last chunk is moved back where it would pass the end; frames that were seen already are hidden.
         start = jnp.minimum(i * chunk, capacity - chunk)
-        frame = start + jnp.arange(chunk * tokens) // tokens
-        visible = (frame >= i * chunk) & (frame < visible_frames[:, None])  # [B, chunk * P]
-        scores = jnp.einsum("bhpd,bhnd->bhpn", scaled, read(cache.key, start), preferred_element_type=jnp.float32)
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        keys, values = read(start)
+        scores = jnp.einsum("bhpd,bhnd->bhpn", scaled, keys, preferred_element_type=jnp.float32)
+        if batch > 1 or chunk > 1:  # one stream read frame by frame sees all that it reads
+            frame = start + jnp.arange(chunk * tokens) // tokens
+            visible = (frame >= i * chunk) & (frame < visible_frames[:, None])  # [B, chunk * P]
+            scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - new_largest)
         shrink = jnp.exp(largest - new_largest)
-        values = jnp.einsum(
-            "bhpn,bhnd->bhpd",
-            weights.astype(query.dtype),
-            read(cache.value, start),
-            preferred_element_type=jnp.float32,
-        )
-        return new_largest, total * shrink + weights.sum(-1, keepdims=True), summed * shrink + values
+        seen = jnp.einsum("bhpn,bhnd->bhpd", weights.astype(query.dtype), values, preferred_element_type=jnp.float32)
+        return new_largest, total * shrink + weights.sum(-1, keepdims=True), summed * shrink + seen
 
     # Every stream sees its first slot, so the first chunk makes `largest` finite.
     shape = (batch, heads, tokens)
