@@ -20,13 +20,16 @@ INSTALL_REQUIRES = [
     "tensorboardX>=2.6.2",
 ]
 
+VIZ = ["rerun-sdk>=0.24"]
+
 EXTRAS_REQUIRE = {
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     "cuda13": ["jax[cuda13]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "hf": ["jinja2>=3.1", "transformers>=4.56"],
     "tfds": ["importlib_resources", "tensorflow-datasets>=4.9"],
-    "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.12"],
+    "viz": VIZ,
+    "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.12", *VIZ],
 }
 
 setup(

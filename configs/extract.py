@@ -57,4 +57,7 @@ def get_config() -> ConfigDict:
     config.log_seconds = 5.0  # between two lines on the terminal
     config.process_index = 0  # this process among process_count: item i goes to process i % process_count
     config.process_count = 0  # processes that share the work; 0: those of jax.distributed, or else one
+
+    # Compiled programs, for the next start; "": none. JAX_COMPILATION_CACHE_DIR, where it is set, comes first.
+    config.compilation_cache = "~/.cache/omnistream_jax/compilation"
     return config

@@ -99,6 +99,8 @@ def _paper() -> ConfigDict:
     config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip})
 
     config.loader = ConfigDict({"workers": 8, "prefetch": 2})
+    # Compiled programs, for the next start; "": none. JAX_COMPILATION_CACHE_DIR, where it is set, comes first.
+    config.compilation_cache = "~/.cache/omnistream_jax/compilation"
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 20_000})
     # At the end, on held-out frames that come with the package: features.png of a clip of so many frames at this side,

@@ -4,17 +4,19 @@ Everything that a run does stands in its config; `config.job` names the job. Exi
 message explains, 2 a configuration that cannot work.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
-from omnistream_jax import extract, train
+from omnistream_jax import extract, live, train
 from omnistream_jax.checkpoint import CheckpointError
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.utils import compilation
 from omnistream_jax.utils.lock import WorkdirLockedError
 
 CONFIG = config_lib.define_flag()
@@ -28,6 +30,7 @@ EXPLAINED = (
     WeightsError,
     WorkdirLockedError,
     extract.ExtractionError,
+    live.LiveError,
     train.TrainingError,
 )
 
@@ -39,6 +42,10 @@ def main(_: list[str]) -> int | None:
     config = CONFIG.value
     if config.job not in JOBS:
         raise ConfigError(f"job: expected one of {', '.join(JOBS)}, got {config.job!r}")
+    try:
+        compilation.keep_compiled(config.compilation_cache)
+    except OSError as error:  # slower starts, and nothing else
+        print(f"compilation_cache: going on without ({error})", file=sys.stderr, flush=True)
     return JOBS[config.job](config)
 
 
@@ -52,7 +59,13 @@ def _extract(config: ConfigDict) -> int:
     return extract.extract(config)
 
 
-JOBS = {"train": _train, "extract": _extract}
+def _stream(config: ConfigDict) -> None:
+    if WORKDIR.present:
+        raise ConfigError("workdir: a stream writes to --config.output=DIR")
+    live.stream(config)
+
+
+JOBS = {"train": _train, "extract": _extract, "stream": _stream}
 
 if __name__ == "__main__":
     config_lib.run(main, errors=EXPLAINED)

@@ -122,12 +122,10 @@ def advance(
         frames: of every stream; those of a stream that is not active are ignored.
         active: bool [B], the streams that take these frames; None: all.
     """
-    state, count = stream.state, frames.shape[1]
+    count = frames.shape[1]
     # Paused streams count too: the slot that they write, and overwrite with their next frame, must exist.
-    needed = int(stream.frame_index.max()) + count
-    if stream.options.window is None and needed > state.capacity:
-        state = _grown(state, bucket_capacity(needed))
-    out, state = step_program(backbone, stream.options, params, state, frames, active)
+    stream = with_room(stream, int(stream.frame_index.max()) + count)
+    out, state = step_program(backbone, stream.options, params, stream.state, frames, active)
     frame_index = stream.frame_index + (count if active is None else np.where(active, count, 0))
     return out, dataclasses.replace(stream, state=state, frame_index=frame_index)
 
@@ -164,6 +162,13 @@ def step_program(
 
     state, out = jax.lax.scan(one_frame, state, jnp.moveaxis(frames, 1, 0))
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), out), state
+
+
+def with_room(stream: Stream, frames: int) -> Stream:
+    """The streams with room for `frames` frames: unbounded ones move to that bucket, windowed ones stay as they are."""
+    if stream.options.window is not None or frames <= stream.state.capacity:
+        return stream
+    return dataclasses.replace(stream, state=_grown(stream.state, bucket_capacity(frames)))
 
 
 def _grown(state: StreamState, capacity: int) -> StreamState:

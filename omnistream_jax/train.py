@@ -35,7 +35,7 @@ from omnistream_jax.utils.lock import WorkdirLock
 from omnistream_jax.utils.metrics import MetricsWriter
 
 # A resumed run may differ in these; they do not change what is computed.
-_MAY_CHANGE = ("log_every", "checkpoint", "loader", "evaluation")
+_MAY_CHANGE = ("log_every", "checkpoint", "loader", "evaluation", "compilation_cache")
 _TERMINAL = ("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
 _RETRIEVAL_FRAMES, _RETRIEVAL_CROPS = 12, 4
 

@@ -96,7 +96,7 @@ def decode_item(item: Item, options: FrameOptions) -> Iterator[FrameChunk]:
     frames = _video_frames(item.path) if item.kind == "video" else _image_frames(item.path, options.image_rate)
     if options.frame_rate:
         frames = sample_frames(frames, exact_rate(options.frame_rate))
-    resizer, source_size = _Resizer(options), None
+    resizer, source_size = FrameResizer(options), None
     while batch := list(itertools.islice(frames, options.chunk)):
         pictures = [timed.picture() for timed in batch]
         source_size = source_size or _upright_size(pictures[0])
@@ -233,7 +233,7 @@ def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
 
 
-class _Resizer:
+class FrameResizer:
     """Turns decoded frames into upright RGB pixels of one size."""
 
     def __init__(self, options: FrameOptions):
@@ -241,6 +241,7 @@ class _Resizer:
         self._reformatter = VideoReformatter()  # one for all: a frame's own would set up its tables and threads anew
 
     def __call__(self, frame: av.VideoFrame, path: str) -> np.ndarray:
+        """uint8 [height, width, 3]. Raises DataError, naming `path`, for a frame too large to be meant."""
         if frame.width * frame.height > MAX_PIXELS:
             raise DataError(f"{path}: frames of {frame.width} x {frame.height} pixels, at most {MAX_PIXELS:,} allowed")
         turns = _quarter_turns(frame)

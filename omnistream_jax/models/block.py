@@ -20,6 +20,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 KERNEL_INIT = nn.initializers.truncated_normal(0.02)
 
 
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) with erf, as PyTorch computes it; `nn.gelu` goes through erfc, three times as slow on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, in float32, returned in `dtype`."""
 
@@ -87,7 +92,7 @@ class Mlp(nn.Module):
         if config.mlp == "swiglu":
             hidden = nn.silu(dense(config.mlp_width, "gate")(x)) * hidden
         else:
-            hidden = nn.gelu(hidden, approximate=False)
+            hidden = exact_gelu(hidden)
         return dense(config.width, "output")(hidden)
 
 
