@@ -16,48 +16,17 @@ more than half a core are repeated. The table gives medians and ours / theirs.
 
 import argparse
 import dataclasses
-import json
 import os
-import resource
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peer import Peer, jax_peak_gb, quiet
 
 from omnistream_jax.model import Model, build_model
 from omnistream_jax.models.presets import preset
 from omnistream_jax.stream import Stream, bucket_capacity
-
-MAX_OTHERS = 0.5  # cores that other processes may use while a sample is taken
-MAX_REPEATS = 5
-
-
-class Peer:
-    """The PyTorch process; each request is a line of JSON, and so is each answer."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        script = Path(__file__).with_name("streaming_peer.py")
-        command = [arguments.peer_python, str(script), f"--code={arguments.peer_code}"]
-        command += [f"--{name}={getattr(arguments, name)}" for name in ("model", "size", "dtype")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.pid = self._process.pid
-
-    def measure(self, mode: str, frames: int) -> dict:
-        """{"ms": ..., "peak_gb": ...} of one step, or {"error": ...}."""
-        self._process.stdin.write(json.dumps({"mode": mode, "frames": frames}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the peer ended with status {self._process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
 
 
 class Ours:
@@ -82,7 +51,7 @@ class Ours:
             self._step()
         started = time.perf_counter()
         self._step()
-        return {"ms": 1e3 * (time.perf_counter() - started), "peak_gb": _peak_gb()}
+        return {"ms": 1e3 * (time.perf_counter() - started), "peak_gb": jax_peak_gb()}
 
     def _at(self, frames: int) -> Stream:
         stream = self._model.open_stream(1, self._size, self._size, layers=())
@@ -106,40 +75,6 @@ class Ours:
         jax.block_until_ready((out, self._stream.state))
 
 
-def _peak_gb() -> float:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def _busy_seconds() -> float:
-    user, nice, system, _, _, interrupt, soft, *_ = map(
-        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    )
-    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def _own_seconds(pids: list[int]) -> float:
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def quiet(sample: Callable[[], dict], pids: list[int]) -> dict:
-    """A sample taken while other processes used little; the last one of `MAX_REPEATS` says "busy" if none was."""
-    for _ in range(MAX_REPEATS):
-        busy, own, started = _busy_seconds(), _own_seconds(pids), time.monotonic()
-        result = sample()
-        elapsed = max(time.monotonic() - started, 1e-3)
-        others = (_busy_seconds() - busy - (_own_seconds(pids) - own)) / elapsed
-        if others <= MAX_OTHERS or "error" in result:
-            return result
-    return {**result, "busy": True}
-
-
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,7 +91,10 @@ def main() -> None:
         parser.error("--peer-python and --peer-code go together")
 
     ours = Ours(arguments)
-    peer = Peer(arguments) if arguments.peer_python else None
+    peer = None
+    if arguments.peer_python:
+        options = {name: getattr(arguments, name) for name in ("model", "size", "dtype")}
+        peer = Peer(arguments.peer_python, "streaming_peer.py", code=arguments.peer_code, **options)
     modes = arguments.modes.split(",") if peer else []
     pids = [os.getpid()] + ([peer.pid] if peer else [])
     device = jax.local_devices()[0]
@@ -169,7 +107,9 @@ def main() -> None:
             samples["ours"].append(quiet(lambda frames=frames: ours.measure(frames), pids))
             for mode in modes:
                 if not (samples[mode] and "error" in samples[mode][-1]):
-                    samples[mode].append(quiet(lambda mode=mode, frames=frames: peer.measure(mode, frames), pids))
+                    samples[mode].append(
+                        quiet(lambda mode=mode, frames=frames: peer.measure(mode=mode, frames=frames), pids)
+                    )
         print(_row(frames, samples, modes), flush=True)
     if peer:
         peer.close()

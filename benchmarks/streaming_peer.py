@@ -4,14 +4,11 @@ It imports the released model from the folder that --code names; see streaming.p
 """
 
 import argparse
-import json
-import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 
-SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, depth, heads
+import torch
+from peer import SIZES, SPECIAL_TOKENS, released_model, rotary_angles, serve, torch_peak_gb
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--code", required=True)
@@ -19,33 +16,16 @@ parser.add_argument("--model", choices=SIZES, required=True)
 parser.add_argument("--size", type=int, required=True)
 parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
 arguments = parser.parse_args()
-sys.path.insert(0, arguments.code)
-
-import torch  # noqa: E402
-from model.configuration_omnistream import OmnistreamConfig  # noqa: E402
-from model.modeling_omnistream import OmnistreamMultiFrameTransformer  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = getattr(torch, arguments.dtype)
 WIDTH, DEPTH, HEADS = SIZES[arguments.model]
 HEAD_WIDTH = WIDTH // HEADS
 SIDE = arguments.size // 16
-TOKENS = SIDE * SIDE + 5
+TOKENS = SIDE * SIDE + SPECIAL_TOKENS
 STREAM_UNIT = 16
 
-torch.manual_seed(0)
-config = OmnistreamConfig(
-    image_size=arguments.size,
-    hidden_size=WIDTH,
-    video_aggregator_layer=DEPTH,
-    num_attention_heads=HEADS,
-    mlp_ratio=4.0,
-)
-released = OmnistreamMultiFrameTransformer(config).eval()
-for parameter in released.parameters():
-    if parameter.dim() > 1:
-        parameter.data.normal_(0, 0.02)
-released = released.to(DEVICE, DTYPE)
+released = released_model(arguments.code, arguments.model, arguments.size).to(DEVICE, DTYPE)
 core = released.patch_embed
 
 
@@ -76,17 +56,7 @@ def recompute(frames: int) -> Callable[[], object]:
 
 
 def rotary_tables(frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    quarter = HEAD_WIDTH // 4
-    frequencies = 2 * math.pi / 100 ** (torch.arange(quarter) / quarter)
-    centres = 2 * (torch.arange(SIDE) + 0.5) / SIDE - 1
-    one_axis = (centres[:, None] * frequencies).repeat(1, 2)
-    angles = torch.cat(
-        [one_axis[:, None].expand(SIDE, SIDE, -1), one_axis[None].expand(SIDE, SIDE, -1)], dim=-1
-    ).reshape(SIDE * SIDE, HEAD_WIDTH)
-    angles = angles.clone()
-    angles[:, 3::4] = ((frames - 1) / STREAM_UNIT * frequencies[: HEAD_WIDTH // 8]).repeat(2)
-    special = torch.zeros(5, HEAD_WIDTH)
-    angles = torch.cat([special, angles]).to(DEVICE)
+    angles = rotary_angles(SIDE, HEAD_WIDTH, (frames - 1) / STREAM_UNIT).to(DEVICE)
     return angles.cos().to(DTYPE), angles.sin().to(DTYPE)
 
 
@@ -125,32 +95,26 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def peak_gb() -> float:
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 current, run = None, None
-for line in sys.stdin:
-    request = json.loads(line)
-    try:
-        with torch.inference_mode():
-            if (request["mode"], request["frames"]) != current:
-                run = None
-                current = (request["mode"], request["frames"])
-                if DEVICE == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                run = MODES[request["mode"]](request["frames"])
-                run()
-            synchronise()
-            started = time.perf_counter()
-            run()
-            synchronise()
-            answer = {"ms": 1e3 * (time.perf_counter() - started), "peak_gb": peak_gb()}
-    except (RuntimeError, MemoryError) as error:  # PyTorch tells the lack of memory as either
-        lacking = "out of memory" in str(error).lower() or "can't allocate" in str(error).lower()
-        answer = {"error": "out of memory" if lacking else str(error).splitlines()[0][:80]}
+
+
+@torch.inference_mode()
+def measure(request: dict) -> dict:
+    global current, run
+    wanted = (request["mode"], request["frames"])
+    if wanted != current:
         current, run = None, None
-    print(json.dumps(answer), flush=True)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        run = MODES[request["mode"]](request["frames"])
+        run()
+        current = wanted
+    synchronise()
+    started = time.perf_counter()
+    run()
+    synchronise()
+    return {"ms": 1e3 * (time.perf_counter() - started), "peak_gb": torch_peak_gb()}
+
+
+serve(measure)
