@@ -57,6 +57,11 @@ class Backbone(nn.Module):
     attention: str = "auto"
     streaming: bool = False
 
+    @property
+    def attention_path(self) -> str:
+        """One of ops.attention.ATTENTION_PATHS."""
+        return attention_path(self.dtype) if self.attention == "auto" else self.attention
+
     def setup(self):
         """Declare the parameters; those of all blocks are stacked along a leading axis [depth, ...]."""
         config = self.config
@@ -71,7 +76,6 @@ class Backbone(nn.Module):
             self.aspect_kernel = self.param("aspect_kernel", small, (width,))
             self.aspect_bias = self.param("aspect_bias", nn.initializers.zeros, (width,))
         self.blocks = self.param("blocks", self._init_blocks)
-        self.attention_path = attention_path(self.dtype) if self.attention == "auto" else self.attention
         self.norm = LayerNorm(config.norm_epsilon, self.dtype)
 
     def _block(self) -> Block:
@@ -126,7 +130,10 @@ class Backbone(nn.Module):
             return self._block().apply({"params": params}, x, rope, attend)[0]
 
         if self.remat:
-            run_block = jax.checkpoint(run_block)
+            run_block = jax.checkpoint(run_block, prevent_cse=False)  # a scan already keeps the two passes apart
+        elif self.attention_path == "xla":
+            # Products are kept, what is cheap is computed again: 2.6 times less memory, and faster for it (CPU).
+            run_block = jax.checkpoint(run_block, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
         tokens, hidden = _scan_blocks(run_block, tokens, self.blocks, layers, self.config.depth)
         return self._output(tokens, hidden, (height, width), camera_token)
 

@@ -195,8 +195,9 @@ def _attend_chunks(query: jax.Array, cache: BlockCache, visible_frames: jax.Arra
     scaled = jnp.swapaxes(query, 1, 2) * query.shape[-1] ** -0.5  # [B, H, P, D]
 
     def read(start: jax.Array) -> list[jax.Array]:  # keys and values, [B, H, chunk * P, D]
-        pieces = read_frames(cache, start, chunk, query.dtype)
-        return [jnp.swapaxes(_flat(piece), 1, 2) for piece in pieces]
+        # Each frame's axes are swapped before frames are joined: in bfloat16 XLA then keeps to its fast product.
+        pieces = (jnp.swapaxes(piece, 2, 3) for piece in read_frames(cache, start, chunk, query.dtype))
+        return [jnp.swapaxes(piece, 1, 2).reshape(batch, heads, chunk * tokens, width) for piece in pieces]
 
     def one_chunk(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, summed = carry
@@ -209,10 +210,11 @@ def _attend_chunks(query: jax.Array, cache: BlockCache, visible_frames: jax.Arra
             visible = (frame >= i * chunk) & (frame < visible_frames[:, None])  # [B, chunk * P]
             scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores - new_largest)
+        weights = jnp.exp(scores - new_largest).astype(query.dtype)
         shrink = jnp.exp(largest - new_largest)
-        seen = jnp.einsum("bhpn,bhnd->bhpd", weights.astype(query.dtype), values, preferred_element_type=jnp.float32)
-        return new_largest, total * shrink + weights.sum(-1, keepdims=True), summed * shrink + seen
+        seen = jnp.einsum("bhpn,bhnd->bhpd", weights, values, preferred_element_type=jnp.float32)
+        total = total * shrink + weights.astype(jnp.float32).sum(-1, keepdims=True)
+        return new_largest, total, summed * shrink + seen
 
     # Every stream sees its first slot, so the first chunk makes `largest` finite.
     shape = (batch, heads, tokens)
