@@ -3,6 +3,11 @@
 Legend: B samples of a batch (of this process), T frames, H x W pixels, p patch side, S and s sides of a global
 and of a local crop, L local crops, h = w = S / p patches.
 Pixels are uint8 RGB in sRGB, 0 to 255, not normalised: the model does that. Arrays are NumPy, C-contiguous.
+
+Cameras are pinholes with OpenCV's axes: x right, y down, z forward. The pixel of column u and row v covers
+[u, u + 1) x [v, v + 1): its centre lies at (u + 0.5, v + 0.5), so that resizing an image scales its intrinsics. The
+point at depth d in a pixel is cam_to_world @ (d * inverse(intrinsics) @ (u + 0.5, v + 0.5, 1)).
+Depth is z-depth, along the camera's axis and not along the ray.
 """
 
 from __future__ import annotations
@@ -23,6 +28,69 @@ class Sample:
     """
 
     frames: np.ndarray
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PosedFrame:
+    """One frame of an RGB-D sequence, with its camera.
+
+    Attributes:
+      image: uint8 [H, W, 3], RGB.
+      intrinsics: float32 [3, 3], in pixels of `image`; [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].
+      depth: float32 [H, W], metres, or the scene's own units where the sequence is not metric; 0 where not valid.
+        None: the data set publishes none.
+      valid: bool [H, W], where depth is known, finite and positive; None without depth.
+      sky: bool [H, W], infinitely far: never valid, but known to be far; None where that is not told.
+      cam_to_world: float32 [4, 4], a rotation and a translation in the units of depth; None: not known.
+      path: the file that the image came from, for messages.
+    """
+
+    image: np.ndarray
+    intrinsics: np.ndarray
+    depth: np.ndarray | None
+    valid: np.ndarray | None
+    sky: np.ndarray | None
+    cam_to_world: np.ndarray | None
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceInfo:
+    """What is the same for all frames of a sequence.
+
+    Attributes:
+      metric: depth and poses are in metres.
+      dynamic: things move besides the camera.
+      ordered: frames follow each other in time; else they are photographs of one place in no order.
+      frames_per_second: of ordered frames where it is known, else None.
+    """
+
+    metric: bool
+    dynamic: bool
+    ordered: bool = True
+    frames_per_second: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedImage:
+    """An image, what is asked about it, and the answer.
+
+    Attributes:
+      image: uint8 [H, W, 3], RGB.
+      instruction: what is asked.
+      answer: the text to be learned, not empty.
+      boxes: float32 [N, 4], corners (x1, y1, x2, y2) of what the text speaks of, as shares of width and height from
+        the top left; [0, 4] where it names no place.
+      phrases: the part of the answer or of the instruction that each box belongs to, as long as boxes.
+      path: the file that the image came from, for messages.
+    """
+
+    image: np.ndarray
+    instruction: str
+    answer: str
+    boxes: np.ndarray
+    phrases: tuple[str, ...]
     path: str
 
 
