@@ -21,6 +21,15 @@ INSTALL_REQUIRES = [
 ]
 
 VIZ = ["rerun-sdk>=0.24"]
+# What some published data sets are stored in; the quick start needs none of it.
+DATA = [
+    "array-record>=0.8",
+    "h5py>=3.11",
+    "OpenEXR>=3.3",
+    "opencv-python-headless>=4.10",
+    "pyarrow>=17",
+    "tokenizers>=0.20",
+]
 
 EXTRAS_REQUIRE = {
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
@@ -28,8 +37,9 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "hf": ["jinja2>=3.1", "transformers>=4.56"],
     "tfds": ["importlib_resources", "tensorflow-datasets>=4.9"],
+    "data": DATA,
     "viz": VIZ,
-    "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.12", *VIZ],
+    "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.12", *DATA, *VIZ],
 }
 
 setup(
