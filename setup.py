@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12",
     "pillow>=11",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "tensorboardX>=2.6.2",
 ]
 
@@ -24,6 +25,7 @@ VIZ = ["rerun-sdk>=0.24"]
 # What some published data sets are stored in; the quick start needs none of it.
 DATA = [
     "array-record>=0.8",
+    "google-crc32c>=1.5",
     "h5py>=3.11",
     "OpenEXR>=3.3",
     "opencv-python-headless>=4.10",

@@ -98,7 +98,9 @@ def _paper() -> ConfigDict:
     clip = {**image, "kind": "clip", "batch_size": 64, "frames": 16, "stride": (1, 4)}
     config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip})
 
-    config.loader = ConfigDict({"workers": 8, "prefetch": 2})
+    # An unreadable sample is replaced by another of its source, counted and told; a source that fails in a larger
+    # share of its last 100 samples stops the run.
+    config.loader = ConfigDict({"workers": 8, "prefetch": 2, "max_failed_fraction": 0.5})
     # Compiled programs, for the next start; "": none. JAX_COMPILATION_CACHE_DIR, where it is set, comes first.
     config.compilation_cache = "~/.cache/omnistream_jax/compilation"
     config.log_every = 50

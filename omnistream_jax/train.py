@@ -157,7 +157,9 @@ def _run_steps(
         start_step=start,
         workers=config.loader.workers,
         prefetch=config.loader.prefetch,
+        max_failed_fraction=config.loader.max_failed_fraction,
     ) as pipeline:
+        told: dict[str, dict[str, int]] = {}
         for step in range(start + 1, config.steps + 1):
             batches = next(pipeline)
             values: dict[str, Any] = {}
@@ -171,9 +173,19 @@ def _run_steps(
             _check_finite(step, run.tasks, values, update_values, pipeline, batches)
             if step % config.log_every == 0 or step in (start + 1, config.steps):
                 metrics.write(step, merge_metrics(run.tasks, values) | update_values)
+                told = _tell_skipped(pipeline.skipped, told)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 checkpoints.save(step, state)
     return state
+
+
+def _tell_skipped(skipped: dict[str, dict[str, int]], told: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Say which samples this process has skipped so far, source by source, when there are more than were told."""
+    for source, reasons in skipped.items():
+        if reasons != told.get(source):
+            counts = ", ".join(f"{count:,} x {reason}" for reason, count in sorted(reasons.items()))
+            _say(f"skipped of {source}: {counts}")
+    return {source: dict(reasons) for source, reasons in skipped.items()}
 
 
 def _check_finite(

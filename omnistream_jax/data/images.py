@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,11 +14,19 @@ from omnistream_jax.data.errors import DataError
 MAX_PIXELS = 64_000_000
 """Largest picture (height x width) that is decoded; Pillow alone only warns, at 89 million."""
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""What is decoded, whatever a file's name says. Pillow knows more, some of which start other programs (EPS)."""
 
-def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+
+def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, file: BinaryIO | None = None) -> np.ndarray:
     """Reads one picture as uint8 [H, W, 3] RGB, turned upright as its EXIF orientation says.
 
     Transparent pictures are laid on black. The size is checked from the header, before anything is decoded.
+
+    Args:
+      path: where it lies; where `file` is given, only its name in messages.
+      max_pixels: the largest height x width that is decoded.
+      file: the picture itself, open for reading and seeking: a member of an archive, or io.BytesIO; left open.
 
     Raises:
       DataError: the file is missing, is no picture, is damaged, or has more than `max_pixels` pixels.
@@ -26,20 +35,24 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.n
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the one that counts
-            with Image.open(path) as image:
+            with Image.open(path if file is None else file, formats=_FORMATS) as image:
                 _check_size(path, *image.size, max_pixels)
                 return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such image file") from None
+        raise DataError(f"{path}: there is no such image file", reason="file is missing") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: expected a whole image file, but reading it failed ({error})") from error
+        raise DataError(
+            f"{path}: expected a whole image file, but reading it failed ({error})", reason="image cannot be decoded"
+        ) from error
 
 
 def _check_size(path: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise DataError(f"{path}: {width} x {height} pixels, at most {max_pixels:,} are allowed")
+        raise DataError(
+            f"{path}: {width} x {height} pixels, at most {max_pixels:,} are allowed", reason="image is too large"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

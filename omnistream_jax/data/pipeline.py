@@ -15,16 +15,21 @@ import numpy as np
 from absl import flags
 
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.mixture import RecordSource
+from omnistream_jax.data.skipped import SkipCounter, Skips
 
 
 class TaskData(Protocol):
     """What the pipeline needs of a task's data."""
 
     def dataset(self, seed: int, process_index: int, process_count: int) -> grain.MapDataset:
-        """Batches of this process, as {name: array}; the index is the step."""
+        """Batches of this process, as {name: array} and their `Skips` as "skipped"; the index is the step."""
 
     def describe(self, records: Sequence[int]) -> list[str]:
         """Names the records of a batch, for error messages."""
+
+    def locate(self, record: int) -> tuple[RecordSource, int]:
+        """The source that a record number belongs to, and its index there."""
 
 
 def build_pipeline(
@@ -36,6 +41,7 @@ def build_pipeline(
     start_step: int = 0,
     workers: int = 0,
     prefetch: int = 2,
+    max_failed_fraction: float = 0.5,
 ) -> Pipeline:
     """Builds the endless stream of steps from `start_step` on.
 
@@ -47,11 +53,15 @@ def build_pipeline(
       start_step: the first step to give.
       workers: processes that make batches, whole steps each; 0 makes them in a thread of this process.
       prefetch: steps made ahead (by each worker); 0, for workers = 0 only, makes each when it is asked for.
+      max_failed_fraction: a source stops the run when more than this share of its last 100 draws (of this process)
+        could not be used. Up to there a record that cannot be used is skipped: the next of its source takes its place.
 
     Raises:
-      DataError: an argument does not fit. Drawing a step raises it, naming the file, when a sample cannot be read.
+      DataError: an argument does not fit. Drawing a step raises it, naming the source and files, when one fails too
+        often, or none of its records can be used.
     """
     _check(tasks, seed, process_index, process_count, start_step, workers, prefetch)
+    skips = SkipCounter(max_failed_fraction)
     datasets = [tasks[name].dataset(_task_seed(seed, name), process_index, process_count) for name in tasks]
     steps = min(len(dataset) for dataset in datasets)  # "endless" datasets are long, not all equally
     aligned = [dataset[start_step:steps] for dataset in datasets]
@@ -64,7 +74,7 @@ def build_pipeline(
         if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers; outside absl.app nobody parses them
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
-    return Pipeline(stream, tasks, start_step)
+    return Pipeline(stream, tasks, start_step, skips)
 
 
 class Pipeline(Iterator[dict[str, Any]]):
@@ -75,15 +85,27 @@ class Pipeline(Iterator[dict[str, Any]]):
       tasks: name -> data of that task.
     """
 
-    def __init__(self, stream: grain.IterDataset, tasks: Mapping[str, TaskData], start_step: int):
+    def __init__(self, stream: grain.IterDataset, tasks: Mapping[str, TaskData], start_step: int, skips: SkipCounter):
         self.step = start_step
         self.tasks = dict(tasks)
+        self._skips = skips
         self._iterator = iter(stream)
 
     def __next__(self) -> dict[str, Any]:
         batches = next(self._iterator)
         self.step += 1
-        return batches
+        return {name: self._count(name, dict(batch)) for name, batch in batches.items()}
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """What this process could not use in the steps that were drawn: {source: {reason: samples}}."""
+        return self._skips.counts
+
+    def _count(self, name: str, batch: dict[str, Any]) -> dict[str, Any]:
+        skips: Skips = batch.pop("skipped")
+        sources = [self.tasks[name].locate(record)[0] for record in skips["drawn"].tolist()]
+        self._skips.add(name, sources, skips)
+        return batch
 
     def describe(self, batches: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, list[str]]:
         """The files that a step's batches came from: {task name: paths}."""

@@ -111,3 +111,54 @@ class SelfSupervisedBatch(TypedDict):
     masks: np.ndarray
     gram_crops: NotRequired[np.ndarray]
     record: np.ndarray
+
+
+class PosedBatch(TypedDict):
+    """One step's batch of posed RGB-D clips (SPEC 5). Cropped and resized without changing the pixels' proportions.
+
+    Keys:
+      frames: uint8 [B, T, H, W, 3].
+      depth: float32 [B, T, H, W], as in PosedFrame; 0 where not valid.
+      valid: bool [B, T, H, W], where depth is known.
+      sky: bool [B, T, H, W], known to be infinitely far; False also where nobody told.
+      intrinsics: float32 [B, T, 3, 3], in pixels of `frames`.
+      cam_to_world: float32 [B, T, 4, 4], the world being the data set's; the identity without poses.
+      has_pose: bool [B], poses of all frames are known.
+      has_depth: bool [B], the data set publishes depth.
+      metric: bool [B], depth and poses are in metres.
+      dynamic: bool [B], things move besides the camera.
+      record: int64 [B], as in SelfSupervisedBatch; a record is a sequence.
+    """
+
+    frames: np.ndarray
+    depth: np.ndarray
+    valid: np.ndarray
+    sky: np.ndarray
+    intrinsics: np.ndarray
+    cam_to_world: np.ndarray
+    has_pose: np.ndarray
+    has_depth: np.ndarray
+    metric: np.ndarray
+    dynamic: np.ndarray
+    record: np.ndarray
+
+
+class CaptionBatch(TypedDict):
+    """One step's batch of captioned images (SPEC 6); one caption a row.
+
+    Keys:
+      image: uint8 [B, 1, S, S, 3], the picture in the top left corner, as large as fits in its own proportions, and
+        grey beside or below it. Boxes in the text are in thousandths of this square.
+      tokens: int32 [B, L], the user's turn and the assistant's, padded with 0 at the end.
+      target_mask: bool [B, L], tokens to be learned: the answer and the token that ends it.
+      token_valid: bool [B, L], no padding.
+      cut: bool [B], the answer was too long: its end is missing.
+      record: int64 [B], as in SelfSupervisedBatch.
+    """
+
+    image: np.ndarray
+    tokens: np.ndarray
+    target_mask: np.ndarray
+    token_valid: np.ndarray
+    cut: np.ndarray
+    record: np.ndarray

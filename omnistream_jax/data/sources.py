@@ -116,7 +116,8 @@ def clip_indices(rng: np.random.Generator, frame_count: int, frames: int, stride
     needed = (frames - 1) * smallest + 1
     if frame_count < needed:
         raise DataError(
-            f"{path}: has {frame_count} frames, a clip of {frames} frames at stride {smallest} needs {needed}"
+            f"{path}: has {frame_count} frames, a clip of {frames} frames at stride {smallest} needs {needed}",
+            reason="too few frames",
         )
     if frames > 1:
         largest = min(largest, (frame_count - 1) // (frames - 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -24,13 +25,21 @@ MAX_PIXELS = 64_000_000
 _SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same bits on any CPU
 
 
-def open_video(path: str | os.PathLike) -> VideoReader:
+_PLAIN_CONTAINERS = {"format_whitelist": "mov,matroska,avi"}  # mp4 and webm are among them
+
+
+def open_video(path: str | os.PathLike, *, file: BinaryIO | None = None) -> VideoReader:
     """Opens a video file for reading single frames.
+
+    Args:
+      path: where it lies; where `file` is given, only its name in messages.
+      file: the video itself, open for reading and seeking: a member of an archive, or io.BytesIO. It must stay open
+        as long as the reader, which does not close it.
 
     Raises:
       DataError: the file is missing, is no video, is truncated, or not one frame of it can be decoded.
     """
-    return VideoReader(path)
+    return VideoReader(path, file=file)
 
 
 class VideoReader:
@@ -43,12 +52,13 @@ class VideoReader:
       size: (height, width) in pixels.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, file: BinaryIO | None = None):
         self.path = os.fspath(path)
         try:
-            self._container = av.open(self.path)
+            # What lies in archives came from anywhere: a text that names other files to play is no video.
+            self._container = av.open(self.path) if file is None else av.open(file, options=_PLAIN_CONTAINERS)
         except FileNotFoundError:
-            raise DataError(f"{self.path}: there is no such video file") from None
+            raise DataError(f"{self.path}: there is no such video file", reason="file is missing") from None
         except (av.FFmpegError, OSError) as error:
             raise DataError(f"{self.path}: expected a video file ({error.strerror})") from error
         try:

@@ -135,13 +135,17 @@ def posed_frame(
             raise DataError(f"{path}: its {what} has shape {array.shape}, the image is {height} x {width}")
     intrinsics = np.asarray(intrinsics, np.float32)
     if not (np.isfinite(intrinsics).all() and intrinsics[0, 0] > 0 and intrinsics[1, 1] > 0):
-        raise DataError(f"{path}: focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g}, expected positive ones")
+        raise DataError(
+            f"{path}: focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g}, expected positive ones",
+            reason="focal length is not positive",
+        )
     if cam_to_world is not None:
         cam_to_world = np.asarray(cam_to_world, np.float32)
         rotation = cam_to_world[:3, :3]
         rigid = np.isfinite(cam_to_world).all() and np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-2)
         if not (rigid and np.linalg.det(rotation) > 0):
-            raise DataError(f"{path}: its pose is no rotation and translation")
+            reason = "pose is not rigid" if np.isfinite(cam_to_world).all() else "pose is not finite"
+            raise DataError(f"{path}: its pose is no rotation and translation", reason=reason)
     valid = None
     if depth is not None:
         valid = np.isfinite(depth) & (depth > 0)

@@ -43,3 +43,35 @@ def ray_to_z_depth(distance: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
     x = (u - intrinsics[0, 2]) / intrinsics[0, 0]
     y = (v - intrinsics[1, 2]) / intrinsics[1, 1]
     return distance / np.sqrt(x**2 + y**2 + 1)
+
+
+def quarter_turns(
+    turns: int, intrinsics: np.ndarray, cam_to_world: np.ndarray, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The camera of np.rot90(image, turns): turned counter-clockwise.
+
+    Args:
+      turns: quarters of a full turn, any integer.
+      intrinsics: [3, 3] of the image as it is, which is `width` x `height`.
+      cam_to_world: [4, 4] of the image as it is.
+
+    Returns:
+      (intrinsics [3, 3], cam_to_world [4, 4]) of the turned image.
+    """
+    intrinsics, cam_to_world = np.array(intrinsics, np.float64), np.array(cam_to_world, np.float64)
+    # one turn: column u and row v go to column v and row width - u, so the axes x and y become y and -x
+    turned_to_old = np.array([[0.0, -1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    for _ in range(turns % 4):
+        (fx, _, cx), (_, fy, cy) = intrinsics[:2]
+        intrinsics = intrinsics_matrix(fy, fx, cy, width - cx)
+        cam_to_world = cam_to_world @ turned_to_old
+        width, height = height, width
+    return intrinsics, cam_to_world
+
+
+def far_outliers(depth: np.ndarray, percentile: float) -> np.ndarray:
+    """bool [H, W], True where depth [H, W] lies above a percentile of its finite, positive values."""
+    known = np.isfinite(depth) & (depth > 0)
+    if not known.any():
+        return np.zeros(depth.shape, bool)
+    return known & (depth > np.percentile(depth[known], percentile))
