@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clip_cases import real_frames, write_clip
 from PIL import Image
 
 from omnistream_jax.data.embedded import embedded_files, heldout_clip
@@ -125,15 +126,15 @@ def test_clips_are_the_drawn_frames_of_the_video():
 def test_clip_strides_and_starts_cover_what_is_possible():
     rng = _rng()
     drawn = [clip_indices(rng, 20, 4, (2, 4), "x") for _ in range(2000)]
-    strides = np.array([indices.step for indices in drawn])
+    strides = np.array([indices[1] - indices[0] for indices in drawn])
     assert all(len(indices) == 4 for indices in drawn)
     for stride in (2, 3, 4):
         assert np.mean(strides == stride) == pytest.approx(1 / 3, abs=0.05)
-        starts = {indices.start for indices in drawn if indices.step == stride}
+        starts = {indices[0] for indices in drawn if indices[1] - indices[0] == stride}
         assert starts == set(range(20 - 3 * stride))
     short = [clip_indices(rng, 8, 4, (2, 4), "x") for _ in range(50)]
     assert {(indices.start, indices.step) for indices in short} == {(0, 2), (1, 2)}  # 3 and 4 do not fit
-    assert {clip_indices(rng, 3, 1, (2, 4), "x").start for _ in range(50)} == {0, 1, 2}
+    assert {clip_indices(rng, 3, 1, (2, 4), "x")[0] for _ in range(50)} == {0, 1, 2}
     with pytest.raises(DataError, match=r"a\.mp4: has 6 frames, a clip of 4 frames at stride 2 needs 7"):
         clip_indices(rng, 6, 4, (2, 4), "a.mp4")
 
@@ -146,6 +147,22 @@ def test_sources_weigh_the_square_root_of_their_size():
         mixture_weights(sources, (1, 1, 1))
     with pytest.raises(DataError, match=r"weights: 0 for source embedded images \(heldout\)"):
         mixture_weights(sources, (1, 0))
+
+
+def test_clips_at_a_frame_rate_are_spaced_by_time(tmp_path):
+    """12.5 frames a second of a video of 30: 2.4 of its frames apart, to the nearest."""
+    rng = _rng()
+    assert {len(clip_indices(rng, 40, 4, (1, 1), "x", unit=2.4)) for _ in range(5)} == {4}
+    spaced = clip_indices(rng, 8, 4, (1, 1), "x", unit=2.4)
+    assert spaced == [0, 2, 5, 7]
+    with pytest.raises(DataError, match="has 7 frames, a clip of 4 frames at stride 1 needs 8"):
+        clip_indices(rng, 7, 4, (1, 1), "x", unit=2.4)
+
+    path = write_clip(tmp_path / "a.mp4", real_frames(0, 40), rate=30)
+    frames = video_source(path, frame_rate=12.5).sample(0, _rng(), 4, (1, 1)).frames
+    every = video_source(path).sample(0, _rng(), 40, (1, 1)).frames
+    start = clip_indices(_rng(), 40, 4, (1, 1), "x", unit=2.4)[0]
+    np.testing.assert_array_equal(frames, every[[start, start + 2, start + 5, start + 7]])
 
 
 def test_heldout_clip_is_spread_over_the_video():

@@ -76,11 +76,13 @@ class VideoSource:
       paths: the files.
       short_side: frames are decoded to this short side, in pixels, and videos below it are left as they are;
         None keeps every video's size.
+      frame_rate: a stride of 1 is 1 / frame_rate seconds, or one frame of a video that has fewer; None: one frame.
     """
 
     name: str
     paths: tuple[str, ...]
     short_side: int | None = None
+    frame_rate: float | None = None
     max_frames: ClassVar[int | None] = None
 
     def __len__(self) -> int:
@@ -97,33 +99,48 @@ class VideoSource:
           index: which record.
           rng: all randomness comes from it.
           frames: frames of the clip.
-          stride: smallest and largest distance between two frames of the clip, in frames of the video; the largest is
-            lowered for a video that is too short for it.
+          stride: smallest and largest distance between two frames of the clip, in frames of the video (or of
+            `frame_rate`); the largest is lowered for a video that is too short for it.
 
         Raises:
           DataError: the file cannot be read, or is too short for the smallest stride.
         """
         path = self.paths[index]
         with open_video(path) as video:
-            indices = clip_indices(rng, video.frame_count, frames, stride, path)
+            unit = max(1.0, video.frame_rate / self.frame_rate) if self.frame_rate else 1.0
+            indices = clip_indices(rng, video.frame_count, frames, stride, path, unit)
             shrink = self.short_side is not None and self.short_side < min(video.size)
             return Sample(frames=video.read(indices, self.short_side if shrink else None), path=path)
 
 
-def clip_indices(rng: np.random.Generator, frame_count: int, frames: int, stride: tuple[int, int], path: str) -> range:
-    """The frame indices of a random clip, as `VideoSource.sample` draws it from a video of `frame_count` frames."""
+def clip_indices(
+    rng: np.random.Generator, frame_count: int, frames: int, stride: tuple[int, int], path: str, unit: float = 1.0
+) -> list[int]:
+    """The frame indices of a random clip, as `VideoSource.sample` draws it.
+
+    Args:
+      rng: all randomness comes from it.
+      frame_count: frames of the video.
+      frames: frames of the clip.
+      stride: smallest and largest distance between two frames of the clip, in units.
+      path: names the video in messages.
+      unit: frames of the video in a unit, 1 or more and not always a whole number.
+
+    Raises:
+      DataError: the video is too short for the smallest stride.
+    """
     smallest, largest = stride
-    needed = (frames - 1) * smallest + 1
+    needed = round((frames - 1) * smallest * unit) + 1
     if frame_count < needed:
         raise DataError(
             f"{path}: has {frame_count} frames, a clip of {frames} frames at stride {smallest} needs {needed}",
             reason="too few frames",
         )
     if frames > 1:
-        largest = min(largest, (frame_count - 1) // (frames - 1))
-    step = int(rng.integers(smallest, largest + 1))
-    start = int(rng.integers(frame_count - (frames - 1) * step))
-    return range(start, start + (frames - 1) * step + 1, step)
+        largest = max(smallest, min(largest, int((frame_count - 1) / ((frames - 1) * unit))))
+    step = int(rng.integers(smallest, largest + 1)) * unit
+    start = int(rng.integers(frame_count - round((frames - 1) * step)))
+    return [start + round(index * step) for index in range(frames)]
 
 
 def image_source(path: str | os.PathLike, name: str | None = None) -> ImageSource:
@@ -135,13 +152,15 @@ def image_source(path: str | os.PathLike, name: str | None = None) -> ImageSourc
     return ImageSource(name or os.fspath(path), _list_files(path, IMAGE_SUFFIXES, "image"))
 
 
-def video_source(path: str | os.PathLike, name: str | None = None, short_side: int | None = None) -> VideoSource:
+def video_source(
+    path: str | os.PathLike, name: str | None = None, short_side: int | None = None, frame_rate: float | None = None
+) -> VideoSource:
     """Videos of a folder tree, of a text list (one path a line, relative to the list's folder), or one file.
 
     Raises:
       DataError: nothing is there, or nothing that is a video by its suffix.
     """
-    return VideoSource(name or os.fspath(path), _list_files(path, VIDEO_SUFFIXES, "video"), short_side)
+    return VideoSource(name or os.fspath(path), _list_files(path, VIDEO_SUFFIXES, "video"), short_side, frame_rate)
 
 
 def embedded_source(kind: str, split: str) -> ImageSource | VideoSource:
