@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from scannet_cases import write_scannet
 from world_cases import assert_is_world, assert_reprojects, room
 
 from omnistream_jax.data.errors import DataError
@@ -16,19 +16,7 @@ def world():
 
 @pytest.fixture
 def root(tmp_path, world):
-    scene = tmp_path / "scans" / "scene0000_00"
-    for folder in ("color", "depth", "pose", "intrinsic"):
-        (scene / folder).mkdir(parents=True)
-    for t, (picture, depth, pose) in enumerate(zip(world.frames, world.depth, world.cam_to_world, strict=True)):
-        Image.fromarray(picture).resize((128, 96), Image.Resampling.NEAREST).save(scene / f"color/{t}.jpg", quality=95)
-        Image.fromarray(np.rint(depth * 1000).astype(np.uint16)).save(scene / f"depth/{t}.png")
-        np.savetxt(scene / f"pose/{t}.txt", pose)
-    intrinsics = np.eye(4)
-    intrinsics[:3, :3] = world.intrinsics
-    intrinsics[:2, 2] -= 0.5  # pixel centres at whole numbers
-    np.savetxt(scene / "intrinsic/intrinsic_depth.txt", intrinsics)
-    (tmp_path / "scannetv2_train.txt").write_text("scene0000_00\nscene0001_00\n")
-    return tmp_path
+    return write_scannet(tmp_path, {"scene0000_00": world}, listed=("scene0001_00",))
 
 
 def test_a_scene_is_read_back(root, world):
