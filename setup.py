@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 # Ranges, not pins. Python 3.11 gets at most jax 0.10 and flax 0.12.8: their later versions need 3.12.
 INSTALL_REQUIRES = [
     "absl-py>=2.1",
+    "array-record>=0.8",
     "av>=18",
     "ml_dtypes>=0.4",
     "flax>=0.12",
@@ -24,7 +25,6 @@ INSTALL_REQUIRES = [
 VIZ = ["rerun-sdk>=0.24"]
 # What some published data sets are stored in; the quick start needs none of it.
 DATA = [
-    "array-record>=0.8",
     "google-crc32c>=1.5",
     "h5py>=3.11",
     "OpenEXR>=3.3",

@@ -85,17 +85,21 @@ def _paper() -> ConfigDict:
     )
 
     # One entry a task; weight 0 leaves it out. Batch sizes are samples a step over all devices.
-    # paths: folders or .txt lists, separated by commas; "embedded" is what comes with the package.
+    # paths: folders or .txt lists, or data sets as NAME:DIR (data/registry.py), separated by commas; "embedded" is what
+    # comes with the package. path_weights: their shares; (): by the square root of their sizes. short_side: videos are
+    # decoded to it (0: as they are). frame_rate: the unit of stride is 1 / frame_rate seconds (0: a frame).
     image = {
         "kind": "image",
         "weight": 0.1,
         "paths": "",
+        "path_weights": (),
         "batch_size": 1_024,
         "global_size": 224,
         "local_size": 96,
         "local_crops": 2,
     }
     clip = {**image, "kind": "clip", "batch_size": 64, "frames": 16, "stride": (1, 4)}
+    clip |= {"short_side": 0, "frame_rate": 0.0}
     config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip})
 
     # An unreadable sample is replaced by another of its source, counted and told; a source that fails in a larger

@@ -82,7 +82,7 @@ class VideoSource:
     name: str
     paths: tuple[str, ...]
     short_side: int | None = None
-    frame_rate: float | None = None
+    frame_rate: float | None = dataclasses.field(default=None, kw_only=True)
     max_frames: ClassVar[int | None] = None
 
     def __len__(self) -> int:
@@ -160,7 +160,9 @@ def video_source(
     Raises:
       DataError: nothing is there, or nothing that is a video by its suffix.
     """
-    return VideoSource(name or os.fspath(path), _list_files(path, VIDEO_SUFFIXES, "video"), short_side, frame_rate)
+    return VideoSource(
+        name or os.fspath(path), _list_files(path, VIDEO_SUFFIXES, "video"), short_side, frame_rate=frame_rate
+    )
 
 
 def embedded_source(kind: str, split: str) -> ImageSource | VideoSource:

@@ -1,5 +1,6 @@
 """From a config to the backbone and the tasks that train it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from omnistream_jax.config import ConfigError
+from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.registry import ENTRIES, open_dataset
 from omnistream_jax.data.sources import Source, embedded_source, image_source, video_source
 from omnistream_jax.data.ssl import SelfSupervisedData
 from omnistream_jax.models.backbone import Backbone, default_dtype
@@ -140,14 +143,18 @@ def _self_supervision(
 
 
 def _data(name: str, fields: Mapping[str, Any], patch_size: int, gram_size: int) -> SelfSupervisedData:
-    sources = tuple(_source(name, fields.kind, path.strip()) for path in fields.paths.split(",") if path.strip())
+    sources = tuple(_source(name, fields, path.strip()) for path in fields.paths.split(",") if path.strip())
     if not sources:
         kind = "photographs" if fields.kind == "image" else "videos"
         raise ConfigError(f"tasks.{name}.paths: give folders or .txt lists of {kind}, separated by commas")
+    weights = tuple(fields.path_weights)
+    if weights and len(weights) != len(sources):
+        raise ConfigError(f"tasks.{name}.path_weights: {len(weights)} are given for {len(sources)} paths")
     clip = {} if fields.kind == "image" else {"frames": fields.frames, "stride": tuple(fields.stride)}
     return SelfSupervisedData(
         sources=sources,
         global_batch_size=fields.batch_size,
+        weights=weights or None,
         global_size=fields.global_size,
         local_size=fields.local_size,
         local_crops=fields.local_crops,
@@ -158,10 +165,19 @@ def _data(name: str, fields: Mapping[str, Any], patch_size: int, gram_size: int)
     )
 
 
-def _source(name: str, kind: str, path: str) -> Source:
+def _source(name: str, fields: Mapping[str, Any], path: str) -> Source:
+    """What one entry of a task's paths names: EMBEDDED, DATASET:DIR of data/registry.py, or a folder, list or file."""
+    images = fields.kind == "image"
     if path == EMBEDDED:
-        return embedded_source("images" if kind == "image" else "videos", "train")
+        return embedded_source("images" if images else "videos", "train")
+    dataset, colon, root = path.partition(":")
+    sampling = {} if images else {"short_side": fields.short_side or None, "frame_rate": fields.frame_rate or None}
     try:
-        return image_source(path) if kind == "image" else video_source(path)
-    except ValueError as error:
+        if colon and dataset in ENTRIES:
+            kind = "images" if images else "videos"
+            if ENTRIES[dataset].kind != kind:
+                raise ConfigError(f"tasks.{name}.paths: {dataset} holds {ENTRIES[dataset].kind}, expected {kind}")
+            return dataclasses.replace(open_dataset(dataset, root), **sampling)
+        return image_source(path) if images else video_source(path, **sampling)
+    except DataError as error:
         raise ConfigError(f"tasks.{name}.paths: {error}") from error
