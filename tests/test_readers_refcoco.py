@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,8 +118,13 @@ def test_another_layout_is_refused_by_what_was_expected(root, which):
     refs = f"refs({refcoco.SPLIT_BY[which]})"
     with pytest.raises(DataError) as caught:
         open_refcoco(root, which=which)
-    assert f"{refs}.json: is not there; make it of {refs}.p with refcoco.convert_refs" in str(caught.value)
+    message = str(caught.value)
+    assert f"{refs}.json: is not there; make it of {refs}.p, which is not unpickled, with\n" in message
+    command = message.split("\n")[1].strip().replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=Path(__file__).parents[1])
+    assert len(open_refcoco(root, which=which)) > 0
     (root / which / f"{refs}.p").unlink()
+    (root / which / f"{refs}.json").unlink()
     with pytest.raises(DataError, match=r"there is no such file or folder; expected the references, converted to JSON"):
         open_refcoco(root, which=which)
     with pytest.raises(DataError, match=r"which: 'refclef', expected one of refcoco, refcoco\+, refcocog"):

@@ -101,7 +101,11 @@ def open_refcoco(
     require(images, expected="COCO's images, train2014")
     path = folder / f"refs({SPLIT_BY[which]}).json"
     if not path.exists() and path.with_suffix(".p").exists():
-        raise DataError(f"{path}: is not there; make it of {path.with_suffix('.p').name} with refcoco.convert_refs")
+        pickled = path.with_suffix(".p")
+        raise DataError(
+            f"{path}: is not there; make it of {pickled.name}, which is not unpickled, with\n  python -c 'from "
+            f'omnistream_jax.data.readers.refcoco import convert_refs; convert_refs("{pickled}")\''
+        )
     references = read_json(require(path, expected="the references, converted to JSON"))
     records = _sentences(references, split, path)
     boxes = _boxes(require(folder, "instances.json", expected="COCO's objects"))
