@@ -76,6 +76,7 @@ ENTRIES: Mapping[str, Entry] = {
     "kinetics": _entry("videos", "videos:open_kinetics"),
     "ssv2": _entry("videos", "videos:open_ssv2"),
     "pe_video": _entry("videos", "videos:open_pe_video"),
+    "prepared_videos": _entry("videos", "prepared_videos:PreparedVideos"),  # what data/prepare.py wrote of these
     # images with text
     "grit": _entry("captions", "grit:open_grit"),
     "refcoco": _entry("captions", "refcoco:open_refcoco", which="refcoco"),

@@ -1,23 +1,40 @@
-"""The files of JSON beside prepared shards, and the check of shards against them; `shards.py` says which there are."""
+"""Prepared shards as they lie in their folder: the index, the check against it, and reading a record.
+
+`shard_output.py` says which files there are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.worker_pool import map_in_processes
 
 FORMAT = 1
 INDEX, SETTINGS = "index.json", "settings.json"
+POSED, VIDEOS = "posed", "videos"
+
+_OPEN_SHARDS = 64  # of a process; each is an open file
 
 
-def read_index(output: Path) -> dict[str, Any]:
-    """The index of prepared shards. Raises DataError where there is none, or one of another version."""
+def read_index(output: Path, kind: str | None = None) -> dict[str, Any]:
+    """The index of prepared shards.
+
+    Args:
+      output: the folder that was the output of the preparation.
+      kind: POSED or VIDEOS; None takes both.
+
+    Raises:
+      DataError: there is no index, or one of another version or kind.
+    """
     path = Path(output) / INDEX
     if not path.exists():
         began = (Path(output) / SETTINGS).exists()
@@ -26,7 +43,46 @@ def read_index(output: Path) -> dict[str, Any]:
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DataError(f"{path}: expected an index of format {FORMAT}, as data.prepare writes it")
+    if kind is not None and index.get("kind") != kind:
+        name = {POSED: "prepared", VIDEOS: "prepared_videos"}.get(index.get("kind"))
+        other = f"; open it as dataset {name}" if name else ""
+        raise DataError(f"{path}: is of the kind {index.get('kind')!r}, expected {kind!r}{other}")
     return index
+
+
+def open_index(root: Path, split: str, kind: str) -> tuple[dict[str, Any], tuple[tuple[str, int], ...]]:
+    """The index of finished shards, and (file, records) of each.
+
+    Raises:
+      DataError: there is none, of that split and kind, or a shard is missing.
+    """
+    index = read_index(root, kind)
+    if index["split"] != split:
+        raise DataError(f"{root}: holds the split {index['split']!r} of {index['dataset']}, {split!r} was asked for")
+    shards = tuple((shard["file"], shard["records"]) for shard in index["shards"])
+    missing = [file for file, _ in shards if not (root / file).is_file()]
+    if missing:
+        raise DataError(f"{root / missing[0]}: there is no such file; the index names {len(missing)} that are missing")
+    return index, shards
+
+
+def read_record(path: str, count: int, position: int) -> bytes:
+    """A record of a shard, which is opened when its first one is read. Raises DataError where it is damaged.
+
+    Args:
+      path: of the shard.
+      count: how many records it has.
+      position: which of them.
+    """
+    try:
+        return _open(path, count)[position]
+    except Exception as error:  # ArrayRecord's are of several types
+        raise DataError(f"{path}: record {position} cannot be read ({error})", reason="shard is damaged") from error
+
+
+@functools.lru_cache(maxsize=_OPEN_SHARDS)
+def _open(path: str, count: int) -> ArrayRecordDataSource:
+    return ArrayRecordDataSource([f"{path}[0:{count}]"])  # with their number told, the file is opened only to read
 
 
 def check_shards(output: Path, workers: int = 1) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `python -m omnistream_jax.data.prepare` wrote of any posed data set; `data/shards.py` describes the files.
+"""What `python -m omnistream_jax.data.prepare` wrote of any posed data set; `data/shard_output.py` describes the files.
 
 Frames are those of the published layout: images to the loss of JPEG, depth within a relative error of 1e-4 (exact where
 it was published in millimetres), cameras exact; larger ones scaled to the short side that was asked for.
@@ -13,14 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-
 from omnistream_jax.data import records
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.schema import PosedFrame, SequenceInfo
-from omnistream_jax.data.shard_index import read_index
+from omnistream_jax.data.shard_index import POSED, open_index, read_record
 
-_OPEN_SHARDS = 64  # of a process; each is an open file
 _KNOWN_NEIGHBOURS = 64  # sequences of a process
 
 
@@ -62,17 +59,7 @@ class Prepared:
     def open(cls, root: Path, split: str = "train") -> Prepared:
         """The sequences of finished shards. Raises DataError where there are none, or those of another split."""
         root = Path(root)
-        index = read_index(root)
-        if index["split"] != split:
-            raise DataError(
-                f"{root}: holds the split {index['split']!r} of {index['dataset']}, {split!r} was asked for"
-            )
-        shards = tuple((shard["file"], shard["records"]) for shard in index["shards"])
-        missing = [file for file, _ in shards if not (root / file).is_file()]
-        if missing:
-            raise DataError(
-                f"{root / missing[0]}: there is no such file; the index names {len(missing)} that are missing"
-            )
+        index, shards = open_index(root, split, POSED)
         return cls(index["source"], root, split, index["chunk"], shards, tuple(map(_sequence, index["sequences"])))
 
     def __len__(self) -> int:
@@ -122,7 +109,7 @@ class Prepared:
 
     def _record(self, sequence: _Sequence, number: int) -> records.Record:
         path, position = self._path(sequence), sequence.first + number
-        data = _read(path, self._shards[sequence.shard][1], position)
+        data = read_record(path, self._shards[sequence.shard][1], position)
         return records.decode_record(data, f"{path}, record {position}")
 
     def _path(self, sequence: _Sequence) -> str:
@@ -136,18 +123,6 @@ def _sequence(entry: dict[str, Any]) -> _Sequence:
     )
 
 
-def _read(path: str, count: int, position: int) -> bytes:
-    try:
-        return _open(path, count)[position]
-    except Exception as error:  # ArrayRecord's are of several types
-        raise DataError(f"{path}: record {position} cannot be read ({error})", reason="shard is damaged") from error
-
-
-@functools.lru_cache(maxsize=_OPEN_SHARDS)
-def _open(path: str, count: int) -> ArrayRecordDataSource:
-    return ArrayRecordDataSource([f"{path}[0:{count}]"])  # with their number told, the file is opened only to read
-
-
 @functools.lru_cache(maxsize=_KNOWN_NEIGHBOURS)
 def _neighbours(path: str, count: int, position: int) -> list[list[int]]:
-    return records.decode_neighbours(_read(path, count, position), f"{path}, record {position}")
+    return records.decode_neighbours(read_record(path, count, position), f"{path}, record {position}")
