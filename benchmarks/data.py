@@ -81,10 +81,10 @@ class Ours:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all below it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    below = children.read_text().split() if children.exists() else []
-    return [pid, *itertools.chain.from_iterable(family(int(child)) for child in below)]
+    """A process and all below it, whichever thread started them."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    below = [int(child) for children in lists for child in children.read_text().split()]
+    return [pid, *itertools.chain.from_iterable(map(family, below))]
 
 
 def resident_mb(pids: list[int]) -> float:

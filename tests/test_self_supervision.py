@@ -44,6 +44,7 @@ def test_every_term_and_the_sum_match_a_plain_loop_over_crops(kind, gram_size):
     assert float(loss) == pytest.approx(expected, rel=1e-5)  # the Gram term is small beside the others
 
 
+@pytest.mark.slow
 def test_a_batch_split_over_four_devices_gives_the_gradients_of_one():
     """In a process of its own, for the number of devices is fixed when JAX starts."""
     environment = {

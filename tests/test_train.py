@@ -164,7 +164,7 @@ def reduced(recipe):
     return config_lib.load(f"{PRETRAIN}:{recipe}", fields)
 
 
-@pytest.mark.parametrize(("recipe", "remat"), [("stage1", False), ("stage2", True)])
+@pytest.mark.parametrize(("recipe", "remat"), [("stage1", False), pytest.param("stage2", True, marks=pytest.mark.slow)])
 def test_a_recipe_of_the_paper_runs(recipe, remat, tmp_path):
     config = reduced(recipe)
     assert config.name == recipe
