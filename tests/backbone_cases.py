@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,3 +120,13 @@ def assert_same_bits(actual, expected) -> None:
 def rows(out, select):
     """The output of some streams or frames: every leaf indexed by `select`."""
     return jax.tree.map(lambda leaf: np.asarray(leaf)[select], out)
+
+
+def compilations(caplog, run):
+    """How often each program was compiled while `run` ran, by JAX's own log."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        result = run()
+    messages = [record.getMessage() for record in caplog.records]
+    names = [match[1] for message in messages if (match := re.match(r"Compiling (?:jit\()?(\w+)", message))]
+    return result, Counter(names)

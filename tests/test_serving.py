@@ -4,7 +4,6 @@ import backbone_cases as cases
 import jax
 import numpy as np
 import pytest
-from test_stream import compilations
 
 from omnistream_jax.serving import StreamPool
 from omnistream_jax.snapshot import Snapshot
@@ -132,9 +131,9 @@ def test_streams_that_come_and_go_compile_nothing(options, model, frames, caplog
             pool.reset(pool.names[i])
         pool.step(dict.fromkeys(pool.names, frames[0, :1]))
 
-    _, compiled = compilations(caplog, warm_up)
+    _, compiled = cases.compilations(caplog, warm_up)
     assert compiled["step_program"] == 1
-    _, compiled = compilations(caplog, come_and_go)
+    _, compiled = cases.compilations(caplog, come_and_go)
     assert compiled == {}
 
 

@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import logging
 import math
-import re
-from collections import Counter
 
 import backbone_cases as cases
 import jax
@@ -233,20 +230,10 @@ def small_stream(model, **options):
     return model.open_stream(1, 16, 16, layers=(), time_unit=15, **options)
 
 
-def compilations(caplog, run):
-    """How often each program was compiled while `run` ran, by JAX's own log."""
-    caplog.clear()
-    with caplog.at_level(logging.WARNING), jax.log_compiles():
-        result = run()
-    messages = [record.getMessage() for record in caplog.records]
-    names = [match[1] for message in messages if (match := re.match(r"Compiling (?:jit\()?(\w+)", message))]
-    return result, Counter(names)
-
-
 def test_a_windowed_stream_compiles_once(model, caplog):
     stream = small_stream(model, window=5, sinks=2)
     clip = cases.random_frames(1, 40, 16, 16)
-    _, compiled = compilations(caplog, lambda: cases.step_through(model, stream, clip, [1] * 40))
+    _, compiled = cases.compilations(caplog, lambda: cases.step_through(model, stream, clip, [1] * 40))
     assert compiled == {"step_program": 1}
 
 
@@ -254,7 +241,7 @@ def test_an_unbounded_stream_compiles_once_per_capacity_bucket(model, caplog):
     stream = small_stream(model)
     first_bucket = stream.state.capacity
     clip = cases.random_frames(1, 100, 16, 16)
-    _, compiled = compilations(caplog, lambda: cases.step_through(model, stream, clip, [1] * 100))
+    _, compiled = cases.compilations(caplog, lambda: cases.step_through(model, stream, clip, [1] * 100))
     buckets = {bucket_capacity(frames) for frames in range(1, 101)}
     assert compiled == {"step_program": len(buckets)}
     assert len(buckets) <= 1 + math.log2(100 / first_bucket)

@@ -14,36 +14,20 @@ import dataclasses
 import functools
 import os
 import re
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from omnistream_jax.data.errors import DataError, because, require_field
 from omnistream_jax.data.mixture import MixtureData
+from omnistream_jax.data.readers.captions import BOX_END, BOX_START, CONTROL, REF_END, REF_START, CaptionSource
 from omnistream_jax.data.schema import CaptionedImage
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: near 0 once the model has normalised it
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
 _BOX = re.compile(re.escape(BOX_START) + r"\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)" + re.escape(BOX_END))
-_CONTROL = re.compile(r"<\|\w+\|>")
-_MAY_STAND_IN_TEXT = {BOX_START, BOX_END, "<|object_ref_start|>", "<|object_ref_end|>"}
-
-
-class CaptionSource(Protocol):
-    """Captioned images, by index."""
-
-    name: str
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def describe(self, index: int) -> str:
-        """What a person would look for: the path of a record."""
-
-    def read(self, index: int) -> CaptionedImage:
-        """Reads one. Raises DataError, naming the file, where it cannot be used."""
+_MAY_STAND_IN_TEXT = {BOX_START, BOX_END, REF_START, REF_END}
 
 
 class Encoded(NamedTuple):
@@ -96,7 +80,7 @@ def check_text(sample: CaptionedImage) -> None:
     """Raises DataError for an answer with no text, and for text with control tokens, which would fake a turn."""
     if not sample.answer.strip():
         raise DataError(f"{sample.path}: its caption has no text", reason="caption has no text")
-    found = set(_CONTROL.findall(sample.instruction + " " + sample.answer)) - _MAY_STAND_IN_TEXT
+    found = set(CONTROL.findall(sample.instruction + " " + sample.answer)) - _MAY_STAND_IN_TEXT
     if found:
         raise DataError(f"{sample.path}: its text holds {', '.join(sorted(found))}", reason="text holds control tokens")
 

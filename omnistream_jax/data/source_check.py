@@ -18,7 +18,7 @@ from omnistream_jax.data.sources import Source
 from omnistream_jax.data.worker_pool import map_in_processes
 
 if TYPE_CHECKING:
-    from omnistream_jax.data.captions import CaptionSource
+    from omnistream_jax.data.readers.captions import CaptionSource
 
 WHOLE = "a whole sequence: "
 """Before the reason for which no frame of a sequence was tried."""

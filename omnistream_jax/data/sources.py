@@ -17,7 +17,7 @@ from omnistream_jax.data.embedded import embedded_files
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.images import read_image
 from omnistream_jax.data.schema import Sample
-from omnistream_jax.data.video import open_video
+from omnistream_jax.data.video import VideoReader, open_video
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
@@ -38,6 +38,13 @@ class Source(Protocol):
 
     def sample(self, index: int, rng: np.random.Generator, frames: int, stride: tuple[int, int]) -> Sample:
         """Decodes a record; of a video, a random clip of `frames` frames (see `VideoSource.sample`)."""
+
+
+class SampledVideos(Protocol):
+    """How a source of videos takes its clips; see `VideoSource`."""
+
+    short_side: int | None
+    frame_rate: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +114,25 @@ class VideoSource:
         """
         path = self.paths[index]
         with open_video(path) as video:
-            unit = max(1.0, video.frame_rate / self.frame_rate) if self.frame_rate else 1.0
-            indices = clip_indices(rng, video.frame_count, frames, stride, path, unit)
-            shrink = self.short_side is not None and self.short_side < min(video.size)
-            return Sample(frames=video.read(indices, self.short_side if shrink else None), path=path)
+            return Sample(read_clip(video, rng, frames, stride, self, video.frame_rate), path)
+
+
+def read_clip(
+    video: VideoReader,
+    rng: np.random.Generator,
+    frames: int,
+    stride: tuple[int, int],
+    source: SampledVideos,
+    frame_rate: float,
+) -> np.ndarray:
+    """A random clip uint8 [T, H, W, 3] of an open video, as its source's `short_side` and `frame_rate` ask for.
+
+    `frame_rate` is the video's own. Raises DataError as `VideoSource.sample` does.
+    """
+    unit = max(1.0, frame_rate / source.frame_rate) if source.frame_rate else 1.0
+    indices = clip_indices(rng, video.frame_count, frames, stride, video.path, unit)
+    shrink = source.short_side is not None and source.short_side < min(video.size)
+    return video.read(indices, source.short_side if shrink else None)
 
 
 def clip_indices(

@@ -24,7 +24,7 @@ from omnistream_jax.data.schema import CaptionedImage
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnnotatedImages:
-    """A `data/captions.py:CaptionSource`, but for `prompt`, which says what a row means. Made by `open_annotated`.
+    """A `CaptionSource` of data/readers/captions.py but for `prompt`, the meaning of a row. Made by `open_annotated`.
 
     Attributes:
       name: how messages call it.

@@ -6,7 +6,7 @@ Boxes in text are written as Qwen's models have them, in tokens that their vocab
 
 with corners in whole thousandths of the image's width and height, 0 to 999, rounded down.
 
-A source is a `data/captions.py:CaptionSource`. A malformed row raises DataError that names it when it is read, not when
+A malformed row raises DataError that names it when it is read, not when
 the data set is opened, so that a run can skip and count it.
 """
 
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from omnistream_jax.data.captions import BOX_END, BOX_START
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.schema import CaptionedImage
 
 REF_START, REF_END = "<|object_ref_start|>", "<|object_ref_end|>"
+BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
+CONTROL = re.compile(r"<\|\w+\|>")
+"""Tokens that mean something to the decoder."""
 
 DESCRIBE = "Describe the image."
 DESCRIBE_WITH_BOXES = "Describe the image and give the boxes of what you name."
@@ -33,7 +35,20 @@ TRANSCRIBE_WITH_BOXES = "Transcribe the text in the image and give the box of ea
 OUTSIDE = 0.02
 """Boxes may reach this share of the image beyond its border, as detectors let them, and are cut there."""
 
-_CONTROL = re.compile(r"<\|\w+\|>")
+
+class CaptionSource(Protocol):
+    """Captioned images, by index."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def describe(self, index: int) -> str:
+        """What a person would look for: the path of a record."""
+
+    def read(self, index: int) -> CaptionedImage:
+        """Reads one. Raises DataError, naming the file, where it cannot be used."""
 
 
 class Prompt(NamedTuple):
@@ -112,7 +127,7 @@ def check_text(text: object, row: str, *, strip: bool = True) -> str:
     """The text, stripped. Raises DataError, naming the row, for none, or for one with tokens that would fake a turn."""
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{row}: its text is {text!r}, expected some", reason="caption has no text")
-    if found := _CONTROL.search(text):
+    if found := CONTROL.search(text):
         raise DataError(f"{row}: its text holds the token {found[0]}", reason="text holds control tokens")
     return text.strip() if strip else text
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from omnistream_jax.data.schema import Sample
 from omnistream_jax.data.shard_index import VIDEOS, open_index, read_record
-from omnistream_jax.data.sources import clip_indices
+from omnistream_jax.data.sources import read_clip
 from omnistream_jax.data.video import open_video
 from omnistream_jax.data.video_records import VideoRecord, decode_record
 
@@ -86,11 +86,8 @@ class PreparedVideos:
     def sample(self, index: int, rng: np.random.Generator, frames: int, stride: tuple[int, int]) -> Sample:
         """Reads a random clip of a video; see `sources.VideoSource.sample`."""
         path, record = self.describe(index), self.record(index)
-        unit = max(1.0, record.frame_rate / self.frame_rate) if self.frame_rate else 1.0
         with open_video(path, file=io.BytesIO(record.video)) as video:
-            indices = clip_indices(rng, video.frame_count, frames, stride, path, unit)
-            shrink = self.short_side is not None and self.short_side < min(video.size)
-            return Sample(frames=video.read(indices, self.short_side if shrink else None), path=path)
+            return Sample(read_clip(video, rng, frames, stride, self, record.frame_rate), path)
 
     def _place(self, index: int) -> tuple[str, int, int]:
         """The shard that holds a video, how many records it has, and which of them the video is."""

@@ -40,7 +40,7 @@ EXPECTED: Mapping[str, Mapping[str, int]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RefCoco:
-    """Phrases and the boxes that they speak of, a `data/captions.py:CaptionSource`. Made by `open_refcoco`.
+    """Phrases and the boxes that they speak of, a `CaptionSource` of data/readers/captions.py. Made by `open_refcoco`.
 
     Attributes:
       name: how messages call it.

@@ -36,7 +36,7 @@ _UNREADABLE = -3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sa1bCaption:
-    """Images and paragraphs, a `data/captions.py:CaptionSource`. Made by `open_sa1b_caption`.
+    """Images and paragraphs, a `CaptionSource` of data/readers/captions.py. Made by `open_sa1b_caption`.
 
     Attributes:
       name: how messages call it.

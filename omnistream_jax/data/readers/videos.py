@@ -31,7 +31,7 @@ from omnistream_jax.data.readers.base import require
 from omnistream_jax.data.readers.files import read_csv, read_json, read_lines
 from omnistream_jax.data.readers.webdataset import TarRecords, find_tars, index_tars
 from omnistream_jax.data.schema import Sample
-from omnistream_jax.data.sources import VIDEO_SUFFIXES, VideoSource, clip_indices, video_source
+from omnistream_jax.data.sources import VIDEO_SUFFIXES, VideoSource, read_clip, video_source
 from omnistream_jax.data.video import open_video
 
 EXPECTED_SSV2 = {"train": 168_913, "validation": 24_777, "test": 27_157}
@@ -85,10 +85,7 @@ class TarVideos:
         """Reads a random clip of a video; see `sources.VideoSource.sample`."""
         path = self.describe(index)
         with self.records.open(index, "video") as file, open_video(path, file=file) as video:
-            unit = max(1.0, video.frame_rate / self.frame_rate) if self.frame_rate else 1.0
-            indices = clip_indices(rng, video.frame_count, frames, stride, path, unit)
-            shrink = self.short_side is not None and self.short_side < min(video.size)
-            return Sample(frames=video.read(indices, self.short_side if shrink else None), path=path)
+            return Sample(read_clip(video, rng, frames, stride, self, video.frame_rate), path)
 
 
 def open_kinetics(

@@ -147,7 +147,7 @@ class WorldVideos(_World):
 
 @dataclasses.dataclass(frozen=True)
 class WorldCaptions(_World):
-    """Pictures with an instruction and an answer, a `data.captions.CaptionSource`.
+    """Pictures with an instruction and an answer, a `CaptionSource` of data/readers/captions.py.
 
     A picture is scene i at a moment of its own; its text names colours, materials, shapes, numbers and places that
     the picture shows. In turn, a record is one of TASKS: a description; a description with boxes in the text; the box
