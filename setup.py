@@ -14,6 +14,7 @@ INSTALL_REQUIRES = [
     "jax>=0.10,<0.13",
     "ml_collections>=1.0",
     "numpy>=2.0",
+    "opencv-python-headless>=4.10",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
     "pillow>=11",
@@ -28,7 +29,6 @@ DATA = [
     "google-crc32c>=1.5",
     "h5py>=3.11",
     "OpenEXR>=3.3",
-    "opencv-python-headless>=4.10",
     "pyarrow>=17",
     "tokenizers>=0.20",
 ]

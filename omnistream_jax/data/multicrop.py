@@ -9,7 +9,9 @@ import dataclasses
 import math
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
+
+from omnistream_jax.data.opencv import cv2
 
 GLOBAL_CROPS = 2
 CROP_TRIES = 10
@@ -187,8 +189,9 @@ def render(frames: np.ndarray, view: View, size: int) -> np.ndarray:
 
 def _render(pictures: list[Image.Image], view: View, size: int) -> np.ndarray:
     crops = [picture.resize((size, size), Image.Resampling.BICUBIC, box=view.box) for picture in pictures]
-    crops = np.stack([np.asarray(crop) for crop in crops])
-    return crops[:, :, ::-1] if view.flip else crops
+    if view.flip:
+        crops = [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
+    return np.stack([np.asarray(crop) for crop in crops])
 
 
 def distort(frames: np.ndarray, distortion: Distortion) -> np.ndarray:
@@ -198,37 +201,38 @@ def distort(frames: np.ndarray, distortion: Distortion) -> np.ndarray:
     """
     count, height, width = frames.shape[:3]
     # Colour changes work pixel by pixel: all frames at once, one below the other.
-    picture = Image.fromarray(np.ascontiguousarray(frames).reshape(count * height, width, 3))
+    pixels = np.ascontiguousarray(frames).reshape(count * height, width, 3)
     for name, value in distortion.jitter:
-        picture = _JITTER[name](picture, value)
+        pixels = _JITTER[name](pixels, value)
     if distortion.grayscale:
-        picture = picture.convert("L").convert("RGB")
+        pixels = _gray(pixels)
+    pixels = pixels.reshape(frames.shape)
     if distortion.blur is not None:
-        picture = _blur(picture, distortion.blur, count)
+        kernel = ImageFilter.GaussianBlur(distortion.blur)
+        pixels = np.stack([np.asarray(Image.fromarray(frame).filter(kernel)) for frame in pixels])
     if distortion.solarise:
-        picture = ImageOps.solarize(picture, SOLARISE_THRESHOLD)
-    return np.asarray(picture).reshape(frames.shape)
+        pixels = np.where(pixels < SOLARISE_THRESHOLD, pixels, 255 - pixels)
+    return pixels
 
 
-def _shift_hue(picture: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = picture.convert("HSV").split()
-    hue = hue.point([(level + round(turns * 255)) % 256 for level in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+def _gray(pixels: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-def _blur(picture: Image.Image, sigma: float, count: int) -> Image.Image:
-    """Blurs each of the `count` frames that lie one below the other on its own."""
-    kernel = ImageFilter.GaussianBlur(sigma)
-    height = picture.height // count
-    for index in range(count):
-        box = (0, index * height, picture.width, (index + 1) * height)
-        picture.paste(picture.crop(box).filter(kernel), box)
-    return picture
+def _stretch(pixels: np.ndarray, factor: float, about: float) -> np.ndarray:
+    table = np.clip(np.rint(about + factor * (np.arange(256) - about)), 0, 255)
+    return cv2.LUT(pixels, table.astype(np.uint8))
+
+
+def _shift_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    pixels[..., 0] += np.uint8(round(turns * 256) % 256)
+    return cv2.cvtColor(pixels, cv2.COLOR_HSV2RGB_FULL)
 
 
 _JITTER = {
-    "brightness": lambda picture, value: ImageEnhance.Brightness(picture).enhance(value),
-    "contrast": lambda picture, value: ImageEnhance.Contrast(picture).enhance(value),
-    "saturation": lambda picture, value: ImageEnhance.Color(picture).enhance(value),
+    "brightness": lambda pixels, value: _stretch(pixels, value, 0.0),
+    "contrast": lambda pixels, value: _stretch(pixels, value, cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).mean()),
+    "saturation": lambda pixels, value: cv2.addWeighted(pixels, value, _gray(pixels), 1 - value, 0.0),
     "hue": _shift_hue,
 }

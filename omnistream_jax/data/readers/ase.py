@@ -31,9 +31,10 @@ import numpy as np
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.images import read_image
+from omnistream_jax.data.opencv import cv2
 from omnistream_jax.data.readers.base import SequenceReader, posed_frame, require_some
 from omnistream_jax.data.readers.cameras import from_quaternion, intrinsics_matrix, ray_to_z_depth
-from omnistream_jax.data.readers.files import need, opencv, read_json, read_png16, reading
+from omnistream_jax.data.readers.files import need, read_json, read_png16, reading
 from omnistream_jax.data.schema import PosedFrame, SequenceInfo
 
 _SAME_SURFACE = 0.02  # of the distance
@@ -132,7 +133,6 @@ def _rectify(
     image: np.ndarray, distance: np.ndarray, calibration: Calibration
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fisheye image and distance (uint16) -> upright pinhole image, distance (float32, 0 not valid), intrinsics."""
-    cv2 = opencv()
     columns, rows = _pinhole_maps(calibration)
     image = cv2.remap(image, columns, rows, cv2.INTER_LINEAR)
     known = ((distance > 0) & (distance < _NOT_VALID)).astype(np.float32)

@@ -83,13 +83,6 @@ def need(module: str) -> ModuleType:
         raise DataError(message) from None
 
 
-def opencv() -> ModuleType:
-    """The package cv2, with a single thread: a data worker has one core."""
-    cv2 = need("cv2")
-    cv2.setNumThreads(0)
-    return cv2
-
-
 def read_hdf5(path: str | Path, key: str) -> np.ndarray:
     """The data set `key` of an HDF5 file."""
     h5py = need("h5py")

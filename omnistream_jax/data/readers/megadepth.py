@@ -23,10 +23,11 @@ from scipy import sparse
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.images import read_image
+from omnistream_jax.data.opencv import cv2
 from omnistream_jax.data.readers.base import SequenceReader, posed_frame, require, require_some
 from omnistream_jax.data.readers.cameras import intrinsics_matrix, invert
 from omnistream_jax.data.readers.colmap import ColmapCamera, intrinsics_of, read_cameras, read_images
-from omnistream_jax.data.readers.files import opencv, read_hdf5
+from omnistream_jax.data.readers.files import read_hdf5
 from omnistream_jax.data.schema import PosedFrame, SequenceInfo
 
 HELD_OUT = ("0015", "0022")
@@ -131,7 +132,7 @@ def _undistorted(camera: ColmapCamera, size: tuple[int, int], path: Path) -> np.
     """Intrinsics [3, 3] of a photograph of `camera` after it was undistorted to `size`, width and height."""
     intrinsics, coefficients = intrinsics_of(camera, path)
     intrinsics[:2, 2] -= 0.5  # OpenCV counts from pixel centres
-    matrix, _ = opencv().getOptimalNewCameraMatrix(
+    matrix, _ = cv2.getOptimalNewCameraMatrix(
         intrinsics, coefficients, (camera.width, camera.height), 0, newImgSize=size, centerPrincipalPoint=True
     )
     return intrinsics_matrix(matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2], centre=0.0)

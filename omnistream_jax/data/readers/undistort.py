@@ -7,8 +7,8 @@ import functools
 
 import numpy as np
 
+from omnistream_jax.data.opencv import cv2
 from omnistream_jax.data.readers.cameras import intrinsics_matrix
-from omnistream_jax.data.readers.files import opencv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Undistortion:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The pinhole's image [H, W, C] of the lens's [H, W, C], between pixels in straight lines."""
-        cv2 = opencv()
         columns, rows = self.columns - 0.5, self.rows - 0.5  # cv2 has pixel centres at whole numbers
         return cv2.remap(image, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
@@ -55,7 +54,6 @@ def undistortion(
       lens: (k1, k2, p1, p2), the radial and tangential model; of a fisheye (k1, k2, k3, k4), Kannala and Brandt's.
       fisheye: which of the two.
     """
-    cv2 = opencv()
     fx, fy, cx, cy = pinhole
     stored, coefficients = intrinsics_matrix(fx, fy, cx - 0.5, cy - 0.5), np.asarray(lens, np.float64)
     if fisheye:

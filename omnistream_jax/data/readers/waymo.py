@@ -26,9 +26,10 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.opencv import cv2
 from omnistream_jax.data.readers.base import SequenceReader, posed_frame, require_some
 from omnistream_jax.data.readers.cameras import intrinsics_matrix
-from omnistream_jax.data.readers.files import opencv, reading
+from omnistream_jax.data.readers.files import reading
 from omnistream_jax.data.readers.tfrecord import (
     Fields,
     message_fields,
@@ -149,7 +150,6 @@ def _splat(depth: np.ndarray, pixels: np.ndarray, size: tuple[int, int]) -> np.n
 
 
 def _undistorted(image: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    cv2 = opencv()
     matrix = intrinsics_matrix(*intrinsics[:4])
     matrix[:2, 2] -= 0.5  # OpenCV has pixel centres at whole numbers
     return cv2.undistort(image, matrix, intrinsics[4:])
@@ -157,7 +157,7 @@ def _undistorted(image: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
 
 def _undistort_pixels(pixels: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
     """Where the centres of pixels [N, 2] of the published image lie in the undistorted one."""
-    cv2, matrix = opencv(), intrinsics_matrix(*intrinsics[:4])
+    matrix = intrinsics_matrix(*intrinsics[:4])
     if not len(pixels):
         return np.zeros((0, 2))
     return cv2.undistortPoints(pixels[:, None] + 0.5, matrix, intrinsics[4:], P=matrix)[:, 0]
