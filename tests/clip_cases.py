@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import struct
 from pathlib import Path
 
 import av
@@ -92,3 +93,12 @@ def write_twenty(folder: Path) -> dict[str, Path]:
     paths.append(folder / "garbage.mkv")
     paths[-1].write_bytes(np.random.default_rng(0).bytes(5000))
     return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def turn(path: Path, matrix) -> None:
+    """Writes a, b, c and d of the track header's matrix (ISO 14496-12, 8.3.2)."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44
+    a, b, c, d = (round(value * 65536) for value in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clip_cases import decode_plainly, real_frames, write_clip, write_pictures
+from clip_cases import decode_plainly, real_frames, turn, write_clip, write_pictures
 from PIL import Image
 
 from omnistream_jax.data.decode_pool import DecodePool
@@ -122,12 +122,7 @@ def test_crop_keeps_proportions_and_takes_the_middle(tmp_path):
 def test_a_frame_turned_in_its_container_is_brought_upright(tmp_path):
     path = write_clip(tmp_path / "a.mp4", real_frames(0, 4))
     plain = decode_plainly(path, 32, 48)[0]
-    data = bytearray(path.read_bytes())
-    one, matrix = (1 << 16).to_bytes(4, "big"), data.index(b"tkhd") + 4 + 40
-    zero, minus, w = bytes(4), (-(1 << 16) % (1 << 32)).to_bytes(4, "big"), (1 << 30).to_bytes(4, "big")
-    assert data[matrix : matrix + 36] == one + 3 * zero + one + 3 * zero + w
-    data[matrix : matrix + 36] = zero + one + zero + minus + 4 * zero + w  # show it turned by 90 degrees clockwise
-    path.write_bytes(data)
+    turn(path, (0, 1, -1, 0))  # show it turned by 90 degrees clockwise
     frames, _, chunks = read(path, FrameOptions(48, 32))
     assert chunks[0].source_size == (96, 64)
     np.testing.assert_array_equal(frames, np.rot90(plain, -1, axes=(1, 2)))

@@ -5,6 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from clip_cases import turn
 from PIL import Image
 
 from omnistream_jax.data import embedded, images, video
@@ -34,6 +35,25 @@ def _decode_all(path) -> np.ndarray:
     with av.open(str(path)) as container:
         frames = container.decode(video=0)
         return np.stack([f.to_ndarray(format="rgb24", interpolation=video._SCALING) for f in frames])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),  # what telephones held upright write: clockwise
+        ((0, -1, 1, 0), lambda frame: np.rot90(frame, 1)),
+        ((-1, 0, 0, -1), lambda frame: frame[::-1, ::-1]),
+        ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+    ],
+)
+def test_frames_are_turned_as_players_show_them(tmp_path, matrix, shown):
+    path = _write(tmp_path / "a.mp4", frames=3)
+    expected = np.stack([shown(frame) for frame in _decode_all(path)])
+    turn(path, matrix)
+    with open_video(path) as reader:
+        assert reader.size == expected.shape[1:3]
+        np.testing.assert_array_equal(reader.read(range(3)), expected)
+        assert reader.read([0], short_side=32).shape[1:3] == tuple(side // 2 for side in expected.shape[1:3])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -16,7 +15,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from clip_cases import real_frames, write_clip
+from clip_cases import real_frames, turn, write_clip
 from PIL import Image
 from tar_cases import write_tar
 from test_prepare import children_of, contents, environment, is_alive, wait_for
@@ -218,15 +217,6 @@ def test_videos_are_turned_as_players_show_them(tmp_path, matrix, shown):
     assert np.abs(found - expected).mean() < 4
     with av.open(io.BytesIO(video.data)) as container:
         assert next(container.decode(video=0)).rotation == 0  # not once more
-
-
-def turn(path, matrix):
-    """Writes a, b, c and d of the track header's matrix (ISO 14496-12, 8.3.2)."""
-    data = bytearray(path.read_bytes())
-    start = data.index(b"tkhd") + 44
-    a, b, c, d = (round(value * 65536) for value in matrix)
-    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
 
 
 def test_a_video_at_an_odd_angle_is_refused(tmp_path):

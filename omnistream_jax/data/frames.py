@@ -21,6 +21,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.images import read_image
 from omnistream_jax.data.items import Item, image_files
+from omnistream_jax.data.orientation import orientation_of
 from omnistream_jax.data.video import MAX_PIXELS
 
 RESIZE_MODES = ("stretch", "crop")
@@ -99,7 +100,8 @@ def decode_item(item: Item, options: FrameOptions) -> Iterator[FrameChunk]:
     resizer, source_size = FrameResizer(options), None
     while batch := list(itertools.islice(frames, options.chunk)):
         pictures = [timed.picture() for timed in batch]
-        source_size = source_size or _upright_size(pictures[0])
+        first = pictures[0]
+        source_size = source_size or orientation_of(first, item.path).size(first.height, first.width)
         yield FrameChunk(
             frames=np.stack([resizer(picture, item.path) for picture in pictures]),
             times=np.array([float(timed.time) for timed in batch], np.float64),
@@ -224,15 +226,6 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Turns of 90 degrees against the clock that bring a frame upright: telephones store the turn beside the frame."""
-    return round(frame.rotation / 90) % 4
-
-
-def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
-    return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
-
-
 class FrameResizer:
     """Turns decoded frames into upright RGB pixels of one size."""
 
@@ -244,14 +237,12 @@ class FrameResizer:
         """uint8 [height, width, 3]. Raises DataError, naming `path`, for a frame too large to be meant."""
         if frame.width * frame.height > MAX_PIXELS:
             raise DataError(f"{path}: frames of {frame.width} x {frame.height} pixels, at most {MAX_PIXELS:,} allowed")
-        turns = _quarter_turns(frame)
-        height, width = self._scaled(*_upright_size(frame))
-        if turns % 2:
-            height, width = width, height
+        orientation = orientation_of(frame, path)
+        height, width = orientation.size(*self._scaled(*orientation.size(frame.height, frame.width)))
         pixels = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", interpolation=SCALING, threads=1
         ).to_ndarray()
-        pixels = np.rot90(pixels, turns)
+        pixels = orientation.apply(pixels)
         top, left = ((side - wanted) // 2 for side, wanted in zip(pixels.shape, self._size, strict=False))
         return pixels[top : top + self._size[0], left : left + self._size[1]]
 

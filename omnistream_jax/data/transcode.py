@@ -1,7 +1,7 @@
 """A video in the form that is fast to train from: small H.264 with a key frame every few frames, without sound.
 
 Which frames there are is what `video.VideoReader` counts and reads; each keeps its time, counted from the first one, so
-that a variable frame rate stays. Frames are turned and mirrored as players show them, which VideoReader does not do.
+that a variable frame rate stays. Frames are stored as players show them.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def transcode(path: str | os.PathLike, options: VideoOptions, *, file: BinaryIO 
             data = encoder.finish()
         except (av.FFmpegError, MemoryError) as error:
             raise DataError(f"{reader.path}: cannot be transcoded ({error})", reason="cannot be transcoded") from error
-        size = reader.size[::-1] if encoder.layout.swaps else reader.size
-        return Transcoded(data, reader.frame_count, reader.frame_rate, size)
+        return Transcoded(data, reader.frame_count, reader.frame_rate, reader.size)
 
 
 class _Frames(VideoReader):
@@ -117,8 +116,7 @@ class _Encoder:
     """Writes frames into an MP4 file in memory; what the first one tells of itself holds for all."""
 
     def __init__(self, reader: _Frames, options: VideoOptions):
-        self._size, self._options, self._rate = reader.size, options, reader.rate
-        self._path = reader.path
+        self._options, self._rate, self._orientation = options, reader.rate, reader.orientation
         self._scaled = _scaled_size(reader.size, options.short_side)
         self._reformatter = VideoReformatter()
         self._buffer = io.BytesIO()
@@ -141,12 +139,10 @@ class _Encoder:
         return self._buffer.getvalue()
 
     def _begin(self, frame: av.VideoFrame) -> None:
-        self.layout = _layout(frame, self._path)
         self._first_pts = frame.pts
         options = {"crf": str(self._options.crf), "preset": self._options.preset} | _SAME_BYTES
         stream = self._stream = self._container.add_stream(CODEC, rate=self._rate, options=options)
-        height, width = (side - side % 2 for side in self._scaled)
-        stream.height, stream.width = (width, height) if self.layout.swaps else (height, width)
+        stream.height, stream.width = (side - side % 2 for side in self._scaled)
         stream.pix_fmt, stream.gop_size = "yuv420p", self._options.key_frames
         stream.time_base = stream.codec_context.time_base = frame.time_base
         # The colours' meaning is told as the source tells it, if it does: readers would guess the same of both.
@@ -157,7 +153,7 @@ class _Encoder:
 
     def _converted(self, frame: av.VideoFrame) -> av.VideoFrame:
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-        height, width = self._scaled
+        height, width = self._orientation.size(*self._scaled)
         small = self._reformatter.reformat(
             frame,
             width=width,
@@ -173,40 +169,11 @@ class _Encoder:
         planes = []
         for plane, part in zip(small.planes, (1, 2, 2), strict=True):
             pixels = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-            planes.append(self.layout.apply(pixels[: height // part, : width // part]))
+            planes.append(self._orientation.apply(pixels[: height // part, : width // part]))
         # A frame of its own: the decoded one says what it was to its codec, which x264 would take for orders.
         rows, columns = planes[0].shape
         joined = np.concatenate([plane.ravel() for plane in planes]).reshape(rows * 3 // 2, columns)
         return av.VideoFrame.from_ndarray(joined, format="yuv420p")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """How stored pixels become what is shown: rows and columns swapped first, then mirrored."""
-
-    swaps: bool
-    upside_down: bool
-    mirrored: bool
-
-    def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """[H, W] as it is shown."""
-        pixels = pixels.T if self.swaps else pixels
-        return pixels[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
-
-
-def _layout(frame: av.VideoFrame, path: str) -> _Layout:
-    """From the display matrix (ISO 14496-12, 6.2.2): x' = a x + c y, y' = b x + d y."""
-    told = frame.side_data.get("DISPLAYMATRIX")
-    if told is None:
-        return _Layout(False, False, False)
-    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(told), np.int32)[:5])
-    if b == c == 0 and a and d:
-        return _Layout(False, d < 0, a < 0)
-    if a == d == 0 and b and c:
-        return _Layout(True, b < 0, c < 0)
-    raise DataError(
-        f"{path}: its display matrix ({a} {b} {c} {d}) / 65536 is no quarter turn", reason="turned by an odd angle"
-    )
 
 
 def _scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.orientation import orientation_of
 
 MAX_PIXELS = 64_000_000
 """Largest frame (height x width) that is decoded."""
@@ -49,7 +50,8 @@ class VideoReader:
       path: the file.
       frame_count: frames that can be read.
       frame_rate: average frames per second.
-      size: (height, width) in pixels.
+      size: (height, width) in pixels, as players show it.
+      orientation: how stored frames become that; what the first one tells holds for all.
     """
 
     def __init__(self, path: str | os.PathLike, *, file: BinaryIO | None = None):
@@ -87,7 +89,8 @@ class VideoReader:
             raise DataError(
                 f"{self.path}: an AVI with B-frames, whose frames cannot be told apart; transcode it to mp4"
             )
-        self.size = (first.height, first.width)
+        self.orientation = orientation_of(first, self.path)
+        self.size = self.orientation.size(first.height, first.width)
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.frame_rate = float(rate) if rate else 0.0
         self._index_frames()
@@ -163,9 +166,11 @@ class VideoReader:
 
     def _to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
         # One reformatter for all frames: a frame's own would set up its tables and threads anew.
-        return self._reformatter.reformat(
+        height, width = self.orientation.size(height, width)
+        pixels = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", interpolation=_SCALING, threads=1
         ).to_ndarray()
+        return self.orientation.apply(pixels)
 
     def _scaled_size(self, short_side: int | None) -> tuple[int, int]:
         if short_side is None:
