@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
 ]
 
 VIZ = ["rerun-sdk>=0.24"]
+EVAL = ["matplotlib>=3.9"]
 # What some published data sets are stored in; the quick start needs none of it.
 DATA = [
     "google-crc32c>=1.5",
@@ -41,7 +42,8 @@ EXTRAS_REQUIRE = {
     "tfds": ["importlib_resources", "tensorflow-datasets>=4.9"],
     "data": DATA,
     "viz": VIZ,
-    "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.12", *DATA, *VIZ],
+    "eval": EVAL,
+    "test": ["chex>=0.1.90", "evo>=1.31", "plyfile>=1.0", "pytest>=8", "ruff>=0.12", *DATA, *EVAL, *VIZ],
 }
 
 setup(

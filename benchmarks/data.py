@@ -153,12 +153,13 @@ def report(taken: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
 def endure(ours: Ours, arguments: argparse.Namespace) -> None:
     """Ours alone for some minutes: does its memory grow?"""
     ours.measure(arguments.batches)
-    before, started, clips = resident_mb(family(os.getpid())), time.monotonic(), 0
-    while time.monotonic() - started < 60 * arguments.minutes:
+    started, clips, sizes = time.monotonic(), 0, [resident_mb(family(os.getpid()))]
+    while (minutes := (time.monotonic() - started) / 60) < arguments.minutes:
         ours.measure(arguments.batches)
         clips += arguments.batches * arguments.batch
-    after = resident_mb(family(os.getpid()))
-    print(f"memory after {arguments.minutes:g} minutes and {clips:,} clips: {before:.0f} MB -> {after:.0f} MB")
+        if minutes >= len(sizes):
+            sizes.append(resident_mb(family(os.getpid())))
+    print(f"memory in MB, minute by minute, {clips:,} clips: {' '.join(f'{size:.0f}' for size in sizes)}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,25 @@ def _paper() -> ConfigDict:
         }
     )
 
+    # Depth, rays and cameras of posed clips (SPEC 5). layers: the four blocks that feed the dual DPT; () is Depth
+    # Anything 3's choice. gradient_scales: 1, or VGGT's 4. point_norm: l1, or VGGT's l2. units: clip, lengths are
+    # divided by the clip's mean distance to its first camera; metres, they stay, and data that is not metric teaches
+    # no length.
+    config.geometry = ConfigDict(
+        {
+            "layers": (),
+            "features": 256,
+            "out_channels": (256, 512, 1_024, 1_024),
+            "units": "clip",
+            "alpha": 0.2,
+            "gradient_scales": 1,
+            "point_norm": "l1",
+            "ray_confidence": False,
+            "weights": {"depth": 1.0, "ray": 1.0, "point": 1.0, "camera": 1.0},
+            "rope_jitter": 2.0,
+        }
+    )
+
     # One entry a task; weight 0 leaves it out. Batch sizes are samples a step over all devices.
     # paths: folders or .txt lists, or data sets as NAME:DIR (data/registry.py), separated by commas; "embedded" is what
     # comes with the package. path_weights: their shares; (): by the square root of their sizes. short_side: videos are
@@ -100,7 +119,21 @@ def _paper() -> ConfigDict:
     }
     clip = {**image, "kind": "clip", "batch_size": 64, "frames": 16, "stride": (1, 4)}
     clip |= {"short_side": 0, "frame_rate": 0.0}
-    config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip})
+    # paths of posed clips are data sets as NAME:DIR. crop_scale: smallest and largest side of the crop, as shares of
+    # the largest one. colour: brightness, contrast, saturation and hue change at random.
+    posed = {
+        "kind": "posed",
+        "weight": 1.0,
+        "paths": "",
+        "path_weights": (),
+        "batch_size": 64,
+        "frames": 16,
+        "height": 224,
+        "width": 224,
+        "crop_scale": (0.8, 1.0),
+        "colour": True,
+    }
+    config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip, "clip_geometry": posed})
 
     # An unreadable sample is replaced by another of its source, counted and told; a source that fails in a larger
     # share of its last 100 samples stops the run.
@@ -110,8 +143,16 @@ def _paper() -> ConfigDict:
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 20_000})
     # At the end, on held-out frames that come with the package: features.png of a clip of so many frames at this side,
-    # and patch retrieval at the side of the global crops.
-    config.evaluation = ConfigDict({"picture_frames": 8, "picture_size": 224, "retrieval_size": 224})
+    # and patch retrieval at the side of the global crops; with geometry, depth and cameras of so many rendered scenes.
+    config.evaluation = ConfigDict(
+        {
+            "picture_frames": 8,
+            "picture_size": 224,
+            "retrieval_size": 224,
+            "geometry_scenes": 32,
+            "geometry_size": 224,
+        }
+    )
     return config
 
 
@@ -119,10 +160,10 @@ def _second_stage(config: ConfigDict) -> None:
     config.name = "stage2"
     config.steps = 120_000
     config.model.remat = True
-    for task in config.tasks.values():
-        task.global_size = 512
-        task.local_size = 224
-    config.evaluation.update({"picture_size": 512, "retrieval_size": 512})
+    for task in (config.tasks.image_ssl, config.tasks.clip_ssl):
+        task.update({"global_size": 512, "local_size": 224})
+    config.tasks.clip_geometry.update({"height": 512, "width": 512})
+    config.evaluation.update({"picture_size": 512, "retrieval_size": 512, "geometry_size": 512})
 
 
 def _quick_start(config: ConfigDict) -> None:
@@ -143,11 +184,14 @@ def _quick_start(config: ConfigDict) -> None:
         }
     )
     config.self_supervision.gram.update({"first_snapshot": 100, "snapshot_every": 50})
-    for task in config.tasks.values():
+    for task in (config.tasks.image_ssl, config.tasks.clip_ssl):
         task.update({"paths": "embedded", "weight": 1.0, "global_size": 96, "local_size": 48})
     config.tasks.image_ssl.batch_size = 16
     config.tasks.clip_ssl.update({"batch_size": 4, "frames": 4})
+    config.geometry.update({"features": 32, "out_channels": (16, 32, 64, 64), "rope_jitter": 1.0})
+    posed = {"paths": "embedded", "batch_size": 2, "frames": 4, "height": 96, "width": 96}
+    config.tasks.clip_geometry.update(posed)
     config.loader.update({"workers": 0, "prefetch": 4})
     config.log_every = 10
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
-    config.evaluation.retrieval_size = 96
+    config.evaluation.update({"retrieval_size": 96, "geometry_size": 96})

@@ -6,10 +6,11 @@ Importing the package costs no JAX; `load` imports what it needs when it is call
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from omnistream_jax.geometry_model import GeometryModel
     from omnistream_jax.model import Model
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "load_geometry"]
 
 
 def load(path: str, rope: str | None = None, dtype: Any = None) -> "Model":
@@ -24,3 +25,15 @@ def load(path: str, rope: str | None = None, dtype: Any = None) -> "Model":
     from omnistream_jax import model
 
     return model.load(path, rope=rope, dtype=dtype)
+
+
+def load_geometry(path: str, rope: str | None = None, dtype: Any = None) -> "GeometryModel":
+    """Load a backbone with geometry heads (depth, rays, cameras) from a directory or the hub.
+
+    Args:
+        path: a directory that training left as WORKDIR/model, or a hub id when online.
+        rope, dtype: as of `load`.
+    """
+    from omnistream_jax import geometry_model
+
+    return geometry_model.load_geometry(path, rope=rope, dtype=dtype)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from omnistream_jax import config as config_lib
 from omnistream_jax.checkpoint import Checkpoints
@@ -22,11 +21,9 @@ from omnistream_jax.convert import layouts
 from omnistream_jax.convert.initialise import gram_config, initial_backbone
 from omnistream_jax.data.embedded import heldout_clip
 from omnistream_jax.data.pipeline import Pipeline, build_pipeline
-from omnistream_jax.evals.patch_retrieval import patch_retrieval
-from omnistream_jax.evals.pca import pca_picture
-from omnistream_jax.model import Model, build_model
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.optim import Optimizer
+from omnistream_jax.report import Trained, report
 from omnistream_jax.sharding import global_batch, make_mesh, replicated
 from omnistream_jax.step import TrainState, init_params, init_state, make_accumulate, make_update, merge_metrics
 from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, teacher_schedule
@@ -36,8 +33,10 @@ from omnistream_jax.utils.metrics import MetricsWriter
 
 # A resumed run may differ in these; they do not change what is computed.
 _MAY_CHANGE = ("log_every", "checkpoint", "loader", "evaluation", "compilation_cache")
-_TERMINAL = ("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
-_RETRIEVAL_FRAMES, _RETRIEVAL_CROPS = 12, 4
+_TERMINAL = (
+    *("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy"),
+    *("depth", "rays", "points", "camera", "depth_abs_rel"),
+)
 
 
 class TrainingError(RuntimeError):
@@ -78,7 +77,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
                     state = _run_steps(config, run, state, start, checkpoints, metrics)
                 except KeyboardInterrupt:
                     raise TrainingError("stopped; the same command goes on from the last checkpoint") from None
-                _finish(config, run, state, workdir, metrics)
+                params = state.ema or state.params
+                trained = Trained(run.backbone, run.tasks, run.initial, params)
+                report(config, trained, workdir, metrics, _say)
 
 
 def build(config: ConfigDict) -> Run:
@@ -115,12 +116,12 @@ def build(config: ConfigDict) -> Run:
 def _check(config: ConfigDict) -> None:
     """What would else fail only after hours of training."""
     least = {"seed": 0, "log_every": 1, "checkpoint.every": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 0}
-    for field, smallest in (least | {"evaluation.picture_frames": 1}).items():
+    for field, smallest in (least | {"evaluation.picture_frames": 1, "evaluation.geometry_scenes": 1}).items():
         value = operator.attrgetter(field)(config)
         if value < smallest:
             raise config_lib.ConfigError(f"{field}: expected {smallest} or more, got {value}")
     patch = build_backbone(config).config.patch_size
-    for field in ("picture_size", "retrieval_size"):
+    for field in ("picture_size", "retrieval_size", "geometry_size"):
         side = config.evaluation[field]
         if side < patch or side % patch:
             raise config_lib.ConfigError(f"evaluation.{field}: expected a multiple of {patch}, got {side}")
@@ -205,44 +206,6 @@ def _check_finite(
     raise TrainingError(
         f"step {step}: {what} is not finite; the update was not made. The batch came from\n" + "\n".join(lines)
     )
-
-
-def _finish(config: ConfigDict, run: Run, state: TrainState, workdir: Path, metrics: MetricsWriter) -> None:
-    """Export the trained backbone, measure it on held-out frames beside the untrained one, and draw both."""
-    trained = state.ema["backbone"] if state.ema else state.params["backbone"]
-    model = build_model(run.backbone.config, trained, dtype=run.backbone.dtype)
-    untrained = build_model(run.backbone.config, run.initial, dtype=run.backbone.dtype)
-    if jax.process_index() != 0:
-        return
-    model.save(workdir / "model")
-    scores = {}
-    for name, each in (("trained", model), ("untrained", untrained)):
-        scores |= {f"{key}_{name}": value for key, value in _retrieval(each, config.evaluation.retrieval_size).items()}
-    metrics.write(config.steps, scores)
-    side = config.evaluation.picture_size
-    frames = heldout_clip(config.evaluation.picture_frames, side, side)
-    maps = {"untrained": _clip_features(untrained, frames), "trained": _clip_features(model, frames)}
-    picture = pca_picture(frames, maps)
-    metrics.write_image(config.steps, "features", picture)
-    aside = workdir / ".features.png"
-    Image.fromarray(picture).save(aside, format="png")
-    aside.replace(workdir / "features.png")
-    _say(f"model: {workdir / 'model'}, picture: {workdir / 'features.png'}")
-
-
-def _retrieval(model: Model, side: int) -> dict[str, float]:
-    """Patch retrieval on held-out frames, each with several crops: in percent, see evals/patch_retrieval.py."""
-    frames = heldout_clip(_RETRIEVAL_FRAMES, side, side)
-
-    def features(images: np.ndarray) -> np.ndarray:
-        return np.asarray(model.encode(images[:, None], layers=()).patches[:, 0])
-
-    scores = [patch_retrieval(features, frames, seed=seed) for seed in range(_RETRIEVAL_CROPS)]
-    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-
-
-def _clip_features(model: Model, frames: np.ndarray) -> np.ndarray:
-    return np.asarray(model.encode(frames[None], layers=()).patches[0])
 
 
 def _print_counts(run: Run) -> None:

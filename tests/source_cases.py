@@ -94,13 +94,14 @@ class FakePosed:
 
 @dataclasses.dataclass(frozen=True)
 class FakeCaptions:
-    """One caption an index. `faults`: index -> "text", or the path of a damaged image."""
+    """One caption an index. `faults`: index -> "text", or the path of a damaged image; `answers`: not `answer`."""
 
     name: str
     count: int
     faults: Mapping[int, str] = dataclasses.field(default_factory=dict)
     instruction: str = "describe"
     answer: str = "a room"
+    answers: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count
@@ -109,7 +110,11 @@ class FakeCaptions:
         return f"{self.name}/{index}"
 
     def read(self, index: int) -> CaptionedImage:
-        fault, answer, image = self.faults.get(index), self.answer, small_room().frames[index % 8]
+        fault, answer, image = (
+            self.faults.get(index),
+            self.answers.get(index, self.answer),
+            small_room().frames[index % 8],
+        )
         if fault == "text":
             answer = " \n"
         elif fault is not None:
@@ -121,11 +126,11 @@ class FakeCaptions:
 
 
 WORDS = ("[UNK]", "user", "assistant", "describe", "a", "room", "red", "chair", "in", "the", "corner", ",", "(", ")")
-CONTROL = ("<|im_start|>", "<|im_end|>", "<|box_start|>", "<|box_end|>")
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|box_start|>", "<|box_end|>", "<think>", "</think>")
 
 
 def write_tokenizer(path: Path, control=CONTROL) -> str:
-    """A tokenizer of whole words: WORDS are 0 to 13, a line break 14, digits 15 to 24, CONTROL 25 to 28."""
+    """A tokenizer of whole words: WORDS are 0 to 13, a line break 14, digits 15 to 24, CONTROL 25 to 30."""
     words = [*WORDS, "\n", *"0123456789"]
     added = {
         "single_word": False,

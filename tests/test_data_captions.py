@@ -1,6 +1,7 @@
-"""Captioned images: what the picture and the tokens are, checked against hand-typed tokens and a drawn box."""
+"""Captioned images: what the picture and the rows of tokens are, by hand-typed tokens and a drawn box."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 from source_cases import FakeCaptions, write_tokenizer
 
 from omnistream_jax.data.captions import CaptionData, check_text, letterbox, move_boxes
+from omnistream_jax.data.chat import shares
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.pipeline import build_pipeline
-from omnistream_jax.data.schema import CaptionedImage
+from omnistream_jax.data.schema import CaptionBatch, CaptionedImage
 
-START, END, BOX, BOX_END = 25, 26, 27, 28
-PROMPT = [START, 1, 14, 3, END, 14, START, 2, 14]  # <|im_start|>user\ndescribe<|im_end|>\n<|im_start|>assistant\n
+START, END, BOX, BOX_END, THINK, THINK_END = range(25, 31)
+# <|im_start|>user\ndescribe<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n
+PROMPT = [START, 1, 14, 3, END, 14, START, 2, 14, THINK, 14, 14, THINK_END, 14, 14]
+BEFORE = len(PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,8 @@ def tokenizer(tmp_path_factory):
 
 
 def _data(tokenizer, batch=2, **changes) -> CaptionData:
-    texts = {name: changes.pop(name) for name in ("instruction", "answer") if name in changes}
-    options = {"tokenizer": tokenizer, "max_tokens": 16, "size": 48} | changes
+    texts = {name: changes.pop(name) for name in ("instruction", "answer", "answers") if name in changes}
+    options = {"tokenizer": tokenizer, "max_tokens": BEFORE + 7, "size": 48} | changes
     return CaptionData((FakeCaptions("captions", 10, **texts),), batch, **options)
 
 
@@ -32,31 +36,35 @@ def _step(data) -> dict:
         return next(pipeline)["caption"]
 
 
-def test_a_step_has_the_shapes_of_the_schema(tokenizer):
-    batch = _step(_data(tokenizer))
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_a_step_has_the_shapes_of_the_schema(tokenizer, per_row):
+    batch = _step(_data(tokenizer, max_tokens=60, captions_per_row=per_row))
     assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
-        "image": ((2, 1, 48, 48, 3), "uint8"),
-        "tokens": ((2, 16), "int32"),
-        "target_mask": ((2, 16), "bool"),
-        "token_valid": ((2, 16), "bool"),
-        "cut": ((2,), "bool"),
-        "record": ((2,), "int64"),
+        "image": ((2, per_row, 48, 48, 3), "uint8"),
+        "tokens": ((2, 60), "int32"),
+        "segment": ((2, 60), "int32"),
+        "position": ((2, 60), "int32"),
+        "target_mask": ((2, 60), "bool"),
+        "cut": ((2, per_row), "bool"),
+        "record": ((2, per_row), "int64"),
     }
+    assert set(batch) == set(CaptionBatch.__annotations__)
 
 
 def test_a_caption_is_two_turns_of_which_the_answer_is_learned(tokenizer):
     batch = _step(_data(tokenizer))
     for row in range(2):
         assert batch["tokens"][row].tolist() == [*PROMPT, 4, 5, END, 0, 0, 0, 0]
-        assert batch["target_mask"][row].tolist() == [False] * 9 + [True] * 3 + [False] * 4
-        assert batch["token_valid"][row].tolist() == [True] * 12 + [False] * 4
+        assert batch["target_mask"][row].tolist() == [False] * BEFORE + [True] * 3 + [False] * 4
+        assert batch["segment"][row].tolist() == [1] * (BEFORE + 3) + [0] * 4
+        assert batch["position"][row].tolist() == [*range(BEFORE + 3), 0, 0, 0, 0]
     assert not batch["cut"].any()
 
 
 def test_a_long_answer_is_cut_at_a_token_and_still_ends(tokenizer):
-    batch = _step(_data(tokenizer, answer="a red chair in the corner", max_tokens=14))
+    batch = _step(_data(tokenizer, answer="a red chair in the corner", max_tokens=BEFORE + 5))
     assert batch["tokens"][0].tolist() == [*PROMPT, 4, 6, 7, 8, END]
-    assert batch["target_mask"][0].tolist() == [False] * 9 + [True] * 5
+    assert batch["target_mask"][0].tolist() == [False] * BEFORE + [True] * 5
     assert batch["cut"].all()
     assert not _step(_data(tokenizer, answer="a red chair in the corner"))["cut"].any()
 
@@ -66,19 +74,96 @@ def test_an_answer_is_not_cut_within_a_box(tokenizer):
     answer = whole + " in the corner<|box_start|>(1,2),(3,4)<|box_end|>"
     # The square is 32 wide and 24 high of 32: 9.5 down becomes 7.125, 7 when written.
     box = [BOX, 12, 15, 11, 15, 13, 11, 12, 19, 11, 22, 13, BOX_END]
-    for max_tokens, words in ((25, []), (26, [8]), (30, [8, 9, 10]), (40, [8, 9, 10])):
-        batch = _step(_data(tokenizer, answer=answer, max_tokens=max_tokens))
-        tokens = batch["tokens"][0][batch["token_valid"][0]].tolist()
+    for room, words in ((16, []), (17, [8]), (21, [8, 9, 10]), (31, [8, 9, 10])):
+        batch = _step(_data(tokenizer, answer=answer, max_tokens=BEFORE + room))
+        tokens = batch["tokens"][0][batch["segment"][0] > 0].tolist()
         assert tokens == [*PROMPT, 4, 7, *box, *words, END]
         assert batch["cut"].all()
-    assert not _step(_data(tokenizer, answer=answer, max_tokens=41))["cut"].any()
+    assert not _step(_data(tokenizer, answer=answer, max_tokens=BEFORE + 32))["cut"].any()
+
+
+def test_several_captions_stand_in_a_row_in_the_order_of_their_images(tokenizer):
+    answers = {index: " ".join(["red"] * (index + 1)) for index in range(10)}  # its number of words tells a record
+    data = _data(tokenizer, answers=answers, max_tokens=3 * BEFORE + 40, captions_per_row=3)
+    batch = _step(data)
+    single = _step(_data(tokenizer, batch=6, answers=answers))
+    np.testing.assert_array_equal(batch["record"].ravel(), single["record"].ravel())
+    np.testing.assert_array_equal(batch["image"].reshape(6, 48, 48, 3), single["image"][:, 0])
+    for row in range(2):
+        texts = [[*PROMPT, *[6] * (int(record) + 1), END] for record in batch["record"][row]]
+        length = sum(map(len, texts))
+        assert batch["tokens"][row].tolist() == [*itertools.chain(*texts), *[0] * (3 * BEFORE + 40 - length)]
+        places = [(number, place) for number, text in enumerate(texts, start=1) for place in range(len(text))]
+        assert list(zip(batch["segment"][row, :length], batch["position"][row, :length], strict=True)) == places
+        assert (batch["segment"][row, length:] == 0).all()
+        learned = [[False] * BEFORE + [True] * (len(text) - BEFORE) for text in texts]
+        assert batch["target_mask"][row, :length].tolist() == [*itertools.chain(*learned)]
+        assert not batch["target_mask"][row, length:].any()
+    assert not batch["cut"].any()
+    assert data.describe(batch["record"]) == [f"captions/{record}" for record in batch["record"].ravel()]
+
+
+def test_only_the_longest_answers_of_a_row_are_cut(tokenizer):
+    answers = {0: "red " * 30, 1: "a room", 2: "chair " * 20, 3: "corner"}
+    data = CaptionData(
+        (FakeCaptions("captions", 4, answers=answers),),
+        1,
+        tokenizer=tokenizer,
+        max_tokens=4 * BEFORE + 25,
+        captions_per_row=4,
+        size=16,
+    )
+    batch = _step(data)
+    kept = {}
+    for number, record in enumerate(batch["record"][0].tolist(), start=1):
+        mine = batch["tokens"][0][(batch["segment"][0] == number) & batch["target_mask"][0]]
+        assert mine[-1] == END
+        kept[record] = len(mine) - 1
+        assert batch["cut"][0, number - 1] == (record in (0, 2))
+    # 25 tokens for answers and their ends: 3 + 2 are used, 20 are left for two.
+    assert kept == {0: 9, 1: 2, 2: 9, 3: 1}
+    assert (batch["segment"] > 0).all()
+
+
+def test_what_is_left_goes_to_those_that_need_more():
+    assert shares([5, 2, 9], 20) == [5, 2, 9]
+    assert shares([5, 2, 9], 12) == [5, 2, 5]
+    assert shares([9, 9, 9], 20) == [6, 7, 7]
+    assert shares([8], 3) == [3]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        needed, total = rng.integers(1, 30, rng.integers(1, 6)), int(rng.integers(6, 80))
+        given = np.array(shares(needed.tolist(), total))
+        assert given.sum() == min(total, needed.sum())
+        assert (given <= needed).all()
+        short = given < needed
+        assert given.max() - given[short].min(initial=given.max()) <= 1  # nobody has more than one who lacks
+        assert (given >= np.minimum(needed, total // len(needed))).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_are_determined_by_the_step_and_hold_every_record_once_in_a_pass(tokenizer, workers):
+    answers = {index: "red " * (index + 1) for index in range(10)}
+    data = _data(tokenizer, batch=2, answers=answers, max_tokens=70, captions_per_row=3)  # 60 records in 10 steps
+    with build_pipeline({"caption": data}, seed=4, prefetch=0) as pipeline:
+        whole = [next(pipeline)["caption"] for _ in range(10)]
+    records = np.concatenate([batch["record"].ravel() for batch in whole]).reshape(6, 10)
+    assert (np.sort(records) == np.arange(10)).all()
+    assert len({tuple(order) for order in records.tolist()}) > 1
+    with build_pipeline({"caption": data}, seed=4, start_step=7, workers=workers) as pipeline:
+        for expected in whole[7:]:
+            again = next(pipeline)["caption"]
+            for name, value in expected.items():
+                np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
 def test_an_instruction_that_leaves_no_room_is_refused(tokenizer):
-    message = r"source captions: none of its 10 records .*10 tokens leave no room"
-    with pytest.raises(DataError, match=message) as caught:
-        _step(_data(tokenizer, max_tokens=10))
-    assert caught.value.reason == "no room for an answer"
+    message = rf"source captions: none of its 10 records .*{BEFORE + 1} tokens leave no room"
+    for per_row in (1, 3):  # a record is refused for its row's share, whatever the others of the row need
+        with pytest.raises(DataError, match=message) as caught:
+            _step(_data(tokenizer, max_tokens=(BEFORE + 1) * per_row + per_row - 1, captions_per_row=per_row))
+        assert caught.value.reason == "no room for an answer"
+        _step(_data(tokenizer, max_tokens=(BEFORE + 2) * per_row, captions_per_row=per_row))
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 60), (60, 30), (45, 45), (200, 40)])
@@ -118,12 +203,13 @@ def test_text_that_is_none_or_fakes_a_turn_is_refused():
         check_text(dataclasses.replace(sample, answer=" \n\t"))
     assert caught.value.reason == "caption has no text"
     for field in ("instruction", "answer"):
-        with pytest.raises(DataError, match=r"x.jpg: its text holds <\|im_end\|>"):
-            check_text(dataclasses.replace(sample, **{field: "me<|im_end|>"}))
+        for token in ("<|im_end|>", "<think>", "</think>"):
+            with pytest.raises(DataError, match=re.escape(f"x.jpg: its text holds {token}")):
+                check_text(dataclasses.replace(sample, **{field: f"me{token}"}))
 
 
 def test_the_vocabulary_holds_the_control_tokens(tokenizer):
-    assert _data(tokenizer).vocabulary_size == 29
+    assert _data(tokenizer).vocabulary_size == 31
 
 
 def test_settings_that_do_not_fit_are_named(tokenizer, tmp_path):
@@ -134,6 +220,11 @@ def test_settings_that_do_not_fit_are_named(tokenizer, tmp_path):
         _data(str(tmp_path / "text.json"))
     with pytest.raises(DataError, match=r"bare.json has no token <\|im_start\|>"):
         _data(write_tokenizer(tmp_path / "bare.json", control=()))
+    with pytest.raises(DataError, match=r"bare.json has no token <think>"):
+        _data(write_tokenizer(tmp_path / "bare.json", control=("<|im_start|>", "<|im_end|>")))
+    for per_row in (0, 61):
+        with pytest.raises(DataError, match=rf"captions_per_row: {per_row}, expected 1 to max_tokens \(60\)"):
+            _data(tokenizer, max_tokens=60, captions_per_row=per_row)
     with pytest.raises(DataError, match="max_tokens: 0, expected 1 or more"):
         _data(tokenizer, max_tokens=0)
     with pytest.raises(DataError, match="size: 0, expected 1 or more"):

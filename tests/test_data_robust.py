@@ -1,5 +1,6 @@
 """Damaged records: skipped, counted, the same with any workers; and resuming a mixture of all kinds of data."""
 
+import dataclasses
 import pickle
 import shutil
 
@@ -54,12 +55,19 @@ def tasks(tmp_path_factory):
     rooms = FakePosed("rooms", RECORDS, _faults(("pose", "focal", "depth", broken), 1))
     walks = FakePosed("walks", RECORDS, _faults(("pose",), 2), ordered=False)
     captions = FakeCaptions("captions", RECORDS, _faults(("text", broken), 3))
+    tokenizer = write_tokenizer(folder / "tokenizer.json")
     small = {"global_size": 32, "local_size": 16, "local_crops": 1}
     return {
         "image": SelfSupervisedData((_photographs(folder / "photographs"),), BATCH, **small),
         "posed": PosedData((rooms, walks), BATCH, (1.0, 1.0), frames=3, size=(16, 16)),
-        "caption": CaptionData(
-            (captions,), BATCH, tokenizer=write_tokenizer(folder / "tokenizer.json"), max_tokens=16, size=16
+        "caption": CaptionData((captions,), BATCH, tokenizer=tokenizer, max_tokens=20, size=16),
+        "packed": CaptionData(
+            (dataclasses.replace(captions, name="packed"),),
+            BATCH // 2,
+            tokenizer=tokenizer,
+            max_tokens=36,
+            captions_per_row=2,
+            size=16,
         ),
     }
 
@@ -99,14 +107,16 @@ def test_the_counts_are_those_of_the_damaged_records(reference):
     assert skipped[0] == {}
     posed = dict.fromkeys((POSE, FOCAL, DEPTH, IMAGE), DAMAGED)
     captions = dict.fromkeys((TEXT, IMAGE), DAMAGED)
-    assert {name: skipped[PASS][name] for name in ("photographs", "captions")} == {
+    assert {name: skipped[PASS][name] for name in ("photographs", "captions", "packed")} == {
         "photographs": {IMAGE: DAMAGED},
         "captions": captions,
+        "packed": captions,
     }
     assert {name: skipped[2 * PASS][name] for name in ("rooms", "walks")} == {"rooms": posed, "walks": {POSE: DAMAGED}}
     assert skipped[-1] == {
         "photographs": {IMAGE: 4 * DAMAGED},
         "captions": {reason: 4 * count for reason, count in captions.items()},
+        "packed": {reason: 4 * count for reason, count in captions.items()},
         "rooms": {reason: 2 * count for reason, count in posed.items()},
         "walks": {POSE: 2 * DAMAGED},
     }

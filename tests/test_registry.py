@@ -3,14 +3,19 @@
 import importlib.util
 import inspect
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scannet_cases import write_scannet
 from world_cases import room
 
+from omnistream_jax.config import ConfigError
 from omnistream_jax.data import registry
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.readers.scannet import ScanNet
 from omnistream_jax.data.registry import ENTRIES, open_dataset
+from omnistream_jax.data.world import WorldCaptions, WorldClips, WorldVideos
+from omnistream_jax.tasks import build
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +63,13 @@ def test_every_reader_is_there_and_takes_a_folder(name):
     assert next(iter(inspect.signature(opener).parameters)) == "root"
     needed = {"name": "mnist"} if name == "tfds" else {}
     inspect.signature(opener).bind(root, split="train", **entry.options, **needed)  # nothing else
-    if entry.kind == "posed" and name != "prepared":
+    if entry.kind == "posed" and name not in ("prepared", "world"):
         assert all(count > 0 for count in target.EXPECTED.values())
 
 
 def test_the_sources_of_table_1_are_all_there():
-    kinds = [entry.kind for name, entry in ENTRIES.items() if name not in ("prepared", "prepared_videos", "tfds")]
+    others = {"prepared", "prepared_videos", "tfds", "world", "world_videos", "world_captions"}
+    kinds = [entry.kind for name, entry in ENTRIES.items() if name not in others]
     assert [kinds.count(kind) for kind in ("images", "videos", "posed", "captions")] == [
         2,
         3,
@@ -71,3 +77,44 @@ def test_the_sources_of_table_1_are_all_there():
         6,
     ]  # RefCOCO is three
     assert registry.find_entry("refcoco+").options == {"which": "refcoco+"}
+
+
+def test_the_world_needs_no_folder():
+    assert open_dataset("world", "train") == WorldClips("train", 20_000)
+    assert open_dataset("world", "heldout", length=3, frames=4, size=32, seed=5) == WorldClips("heldout", 3, 4, 32, 5)
+    assert open_dataset("world_videos", "heldout", "heldout") == WorldVideos("heldout", 500)
+    assert open_dataset("world_captions", "train", size=64) == WorldCaptions("train", 20_000, size=64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("world", "/data/world"), {}, "world: '/data/world' is no split; .* stands train or heldout"),
+        (("world_videos", ""), {}, "is no split"),
+        (("world", "train", "heldout"), {}, "split is 'heldout' and in the folder's place stands 'train'"),
+        (("world", "train"), {"length": 0}, "world: length is 0, expected 1 or more"),
+        (("world", "train"), {"size": "large"}, "world: size is large, expected 16 to 1024"),
+        (("world_captions", "train"), {"frames": 3}, "its reader takes .* unexpected keyword argument 'frames'"),
+    ],
+)
+def test_what_the_world_has_not_is_told(arguments, options, message):
+    with pytest.raises(DataError, match=message):
+        open_dataset(*arguments, **options)
+
+
+def _clip_task(**changes) -> ConfigDict:
+    fields = {"kind": "clip", "paths": "world_videos:train", "path_weights": (), "batch_size": 2, "frames": 4}
+    sizes = {"global_size": 32, "local_size": 16, "local_crops": 1, "stride": (1, 2), "short_side": 24}
+    return ConfigDict({**fields, **sizes, "frame_rate": 4.0, **changes})
+
+
+def test_a_task_of_clips_takes_the_world_by_name():
+    data = build._data("clips", _clip_task(), 16, 0)
+    assert data.sources == (WorldVideos("train", 20_000, short_side=24, frame_rate=4.0),)
+    batch = data.dataset(0, 0, 1)[0]
+    assert batch["global_crops"].shape == (2, 2, 4, 32, 32, 3)
+    assert np.std(batch["global_crops"]) > 10
+    with pytest.raises(ConfigError, match=r"tasks.clips.paths: world: 'trian' is no split"):
+        build._data("clips", _clip_task(paths="world_videos:trian"), 16, 0)
+    with pytest.raises(ConfigError, match=r"tasks.clips.paths: world_captions holds captions, expected videos"):
+        build._data("clips", _clip_task(paths="world_captions:train"), 16, 0)

@@ -40,6 +40,20 @@ def test_the_command_writes_a_picture_of_samples_spread_over_the_set(root, tmp_p
     assert sorted(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.parametrize(("name", "width"), [("world", 6), ("world_videos", 3), ("world_captions", 5)])
+def test_the_world_is_shown_without_a_folder(tmp_path, capsys, name, width):
+    output = tmp_path / "samples.png"
+    arguments = ("--source=train", f"--output={output}", "--count=2", "--frames=3", "--height=40", "--option=size=48")
+    assert run(f"--dataset={name}", *arguments) == 0
+    assert capsys.readouterr().out == f"2 samples: {output}\n"
+    image = np.asarray(Image.open(output))
+    assert image.shape[0] > 2 * 40
+    assert image.shape[1] >= width * 40
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 1000
+    assert run(f"--dataset={name}", "--source=nowhere", f"--output={output}") == 1
+    assert "error: world: 'nowhere' is no split" in capsys.readouterr().err
+
+
 def test_a_damaged_sample_is_told_and_the_others_are_shown(tmp_path, capsys):
     root = write_scannet(tmp_path / "in", {"scene0000_00": room(3), "scene0001_00": room(3)})
     for path in (root / "scans/scene0000_00/depth").iterdir():

@@ -12,23 +12,26 @@ PACKAGE = Path(__file__).parents[1] / "omnistream_jax"
 MAX_LINES = 500
 
 SUPPORT = {"utils"}
-NETWORKS = {"ops", "geometry", "models", "convert", "stream", "model"} | SUPPORT
+NETWORKS = {"ops", "geometry", "models", "convert", "stream", "model", "geometry_model"} | SUPPORT
 WORK = {"step", "optim", "sharding", "checkpoint", "config", "tasks", "evals", "losses", "data"} | NETWORKS
 
 # Each part of the package (a folder, or a file beside them) and the others that it may import. Imports run one way:
 # main -> train | evaluate | extract | live -> step, tasks, evals, model -> models, losses -> ops, geometry.
 ALLOWED = {
-    "__init__": {"model"},
+    "__init__": {"model", "geometry_model"},
     "main": {"train", "evaluate", "extract", "live"} | WORK,
-    "train": WORK,
+    "train": {"report"} | WORK,
+    "report": WORK,
     "evaluate": WORK,
     "extract": WORK,
-    "live": {"live_view"} | WORK,
-    "live_view": {"config", "data", "evals"} | SUPPORT,
+    "live": {"live_view", "reconstruction"} | WORK,
+    "live_view": {"config", "data", "evals", "reconstruction"} | SUPPORT,
+    "reconstruction": {"data"} | SUPPORT,
     "step": {"optim", "sharding", "tasks", "losses", "models", "ops"} | SUPPORT,
     "tasks": {"models", "losses", "data", "ops", "geometry", "optim", "config"} | SUPPORT,
-    "evals": {"model", "stream", "models", "losses", "data", "ops", "geometry"} | SUPPORT,
+    "evals": {"model", "geometry_model", "stream", "models", "losses", "data", "ops", "geometry"} | SUPPORT,
     "model": {"stream", "convert", "models", "ops"} | SUPPORT,
+    "geometry_model": {"model", "stream", "convert", "models", "geometry"} | SUPPORT,
     "serving": {"snapshot", "model", "stream", "models"} | SUPPORT,
     "snapshot": {"model", "stream", "ops"} | SUPPORT,
     "stream": {"models", "ops"} | SUPPORT,

@@ -398,6 +398,21 @@ def test_videos_feed_self_supervision():
     assert data.describe(batch["record"])[0].startswith("world (train), seed 0, scene ")
 
 
+def test_videos_are_sampled_at_a_side_and_a_frame_rate():
+    source = WorldVideos("train", 2, frames=12, size=48, short_side=32, frame_rate=4.0)  # of 8 frames a second
+    frames = source.sample(1, np.random.default_rng(0), 4, (1, 1)).frames
+    small = WorldVideos("train", 2, frames=12, size=32).clip(1).images
+    places = [next(i for i, frame in enumerate(small) if np.array_equal(frame, wanted)) for wanted in frames]
+    assert set(np.diff(places)) == {2}
+    larger = dataclasses.replace(source, short_side=64, frame_rate=30.0)  # than there is
+    frames = larger.sample(1, np.random.default_rng(0), 12, (1, 1)).frames
+    np.testing.assert_array_equal(frames, WorldVideos("train", 2, frames=12, size=48).clip(1).images)
+    with pytest.raises(DataError, match="short_side is 8, expected 16 or more"):
+        dataclasses.replace(source, short_side=8)
+    with pytest.raises(DataError, match=r"frame_rate is -1\.0, expected a positive number"):
+        dataclasses.replace(source, frame_rate=-1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

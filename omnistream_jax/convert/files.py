@@ -36,7 +36,7 @@ def find_directory(path: str | os.PathLike) -> Path:
     try:
         from huggingface_hub import snapshot_download  # costs a second to import, and only the hub needs it
 
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "*.safetensors", INDEX_NAME]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
@@ -69,7 +69,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """All tensors of `model.safetensors`, or of the shards that its index names."""
     single, index = directory / WEIGHTS_NAME, directory / INDEX_NAME
     if single.exists():
-        return _read_file(single)
+        return read_tensor_file(single)
     if index.exists():
         return _read_shards(index)
     pickled = sorted(path for path in directory.iterdir() if path.suffix in _PICKLED)
@@ -88,7 +88,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
             raise WeightsError(f"{index}: the shard {shard!r} is not a plain file name")
         if Path(shard).suffix in _PICKLED:
             raise WeightsError(_pickle_message(index.parent / shard))
-        content = _read_file(index.parent / shard)
+        content = read_tensor_file(index.parent / shard)
         listed = {name for name, file in weight_map.items() if file == shard}
         if listed != set(content):
             missing, extra = sorted(listed - set(content)), sorted(set(content) - listed)
@@ -97,7 +97,8 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def read_tensor_file(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of one safetensors file; WeightsError, naming it, if it is missing or not whole."""
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -75,8 +75,8 @@ class MixtureData(Generic[SourceT]):
         return self._batches(shuffle_seed, sample_seed, process_index, process_count)
 
     def describe(self, records: Sequence[int]) -> list[str]:
-        """The file paths of a batch's "record"."""
-        return [source.describe(index) for source, index in map(self.locate, records)]
+        """The file paths of a batch's "record", in its order, row by row."""
+        return [source.describe(index) for source, index in map(self.locate, np.ravel(records))]
 
     def locate(self, record: int) -> tuple[SourceT, int]:
         """The source that a record number belongs to, and its index there."""
@@ -101,8 +101,12 @@ class MixtureData(Generic[SourceT]):
             raise DataError(
                 f"global_batch_size: {self.global_batch_size} is no multiple of the {process_count} processes"
             )
-        samples = self._mixture(shuffle_seed).random_map(_Samples(self), seed=sample_seed)
+        samples = self._join(self._mixture(shuffle_seed).random_map(_Samples(self), seed=sample_seed))
         return samples[process_index::process_count].batch(self.global_batch_size // process_count)
+
+    def _join(self, samples: grain.MapDataset) -> grain.MapDataset:
+        """What is batched: a sample is one record's, unless a kind of data joins several."""
+        return samples
 
     def _mixture(self, seed: int) -> grain.MapDataset:
         """Endless record numbers: each source shuffled anew in every pass over it, the sources by their weights."""

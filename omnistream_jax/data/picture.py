@@ -40,13 +40,18 @@ def depth_range(frames: Sequence[PosedFrame]) -> tuple[float, float] | None:
     return (float(np.percentile(values, 2)), float(np.percentile(values, 98))) if values.size else None
 
 
+def colour_depth(depth: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """uint8 [..., 3] of depths [...] > 0 by their inverse: red is near, blue is far, the limits and beyond are full."""
+    near, far = 1 / limits[0], 1 / max(limits[1], limits[0] * 1.001)
+    return colour_ramp((1 / depth - far) / (near - far))
+
+
 def depth_picture(frame: PosedFrame, limits: tuple[float, float]) -> Image.Image:
     """Depth in colours, by its inverse: red is near, blue is far; grey is not known, pale blue is sky."""
     height, width = frame.image.shape[:2]
     picture = np.full((height, width, 3), _INVALID, np.uint8)
     if frame.depth is not None:
-        near, far = 1 / limits[0], 1 / max(limits[1], limits[0] * 1.001)
-        picture[frame.valid] = colour_ramp((1 / frame.depth[frame.valid] - far) / (near - far))
+        picture[frame.valid] = colour_depth(frame.depth[frame.valid], limits)
     if frame.sky is not None:
         picture[frame.sky] = _SKY
     return Image.fromarray(picture)

@@ -103,7 +103,7 @@ class Pipeline(Iterator[dict[str, Any]]):
 
     def _count(self, name: str, batch: dict[str, Any]) -> dict[str, Any]:
         skips: Skips = batch.pop("skipped")
-        sources = [self.tasks[name].locate(record)[0] for record in skips["drawn"].tolist()]
+        sources = [self.tasks[name].locate(record)[0] for record in skips["drawn"].ravel().tolist()]
         self._skips.add(name, sources, skips)
         return batch
 

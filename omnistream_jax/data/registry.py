@@ -84,6 +84,10 @@ ENTRIES: Mapping[str, Entry] = {
     "refcocog": _entry("captions", "refcoco:open_refcoco", which="refcocog"),
     "blip3_ocr": _entry("captions", "blip3_ocr:open_blip3_ocr"),
     "sa1b_caption": _entry("captions", "sa1b:open_sa1b_caption"),
+    # the embedded world, which has no folder: "train" or "heldout" stands in its place
+    "world": _entry("posed", "world:open_world"),
+    "world_videos": _entry("videos", "world:open_world_videos"),
+    "world_captions": _entry("captions", "world:open_world_captions"),
 }
 
 
@@ -101,7 +105,8 @@ def open_dataset(name: str, root: str | os.PathLike, /, split: str = "train", **
 
     Args:
       name: of ENTRIES.
-      root: the folder that holds the layout which the reader's module describes.
+      root: the folder that holds the layout which the reader's module describes; of the world, which has none, its
+        split.
       split: as the data set calls it.
       options: further arguments of its reader.
 

@@ -144,21 +144,26 @@ class PosedBatch(TypedDict):
 
 
 class CaptionBatch(TypedDict):
-    """One step's batch of captioned images (SPEC 6); one caption a row.
+    """One step's batch of captioned images (SPEC 6): rows of L tokens, in each the texts of K images.
+
+    Texts of a row have nothing to do with each other: a token may see its own image and the tokens before it in its
+    own text. All K texts are there in every row, in the order of the images.
 
     Keys:
-      image: uint8 [B, 1, S, S, 3], the picture in the top left corner, as large as fits in its own proportions, and
+      image: uint8 [B, K, S, S, 3], the picture in the top left corner, as large as fits in its own proportions, and
         grey beside or below it. Boxes in the text are in thousandths of this square.
-      tokens: int32 [B, L], the user's turn and the assistant's, padded with 0 at the end.
-      target_mask: bool [B, L], tokens to be learned: the answer and the token that ends it.
-      token_valid: bool [B, L], no padding.
-      cut: bool [B], the answer was too long: its end is missing.
-      record: int64 [B], as in SelfSupervisedBatch.
+      tokens: int32 [B, L], of each text the user's turn and the assistant's; 0 at the end of the row is padding.
+      segment: int32 [B, L], whose text a token is of: image[:, segment - 1], from 1 on; 0: padding.
+      position: int32 [B, L], of a token in its text, from 0 on; 0 in padding.
+      target_mask: bool [B, L], tokens to be learned: the answers and the tokens that end them.
+      cut: bool [B, K], the answer was too long: its end is missing.
+      record: int64 [B, K], as in SelfSupervisedBatch.
     """
 
     image: np.ndarray
     tokens: np.ndarray
+    segment: np.ndarray
+    position: np.ndarray
     target_mask: np.ndarray
-    token_valid: np.ndarray
     cut: np.ndarray
     record: np.ndarray

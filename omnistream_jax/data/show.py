@@ -1,6 +1,7 @@
 """A picture of some samples of a data set, for a person to look at.
 
     python -m omnistream_jax.data.show --dataset=scannet --source=DIR [--output=samples.png] [--count=4] [--frames=6]
+    python -m omnistream_jax.data.show --dataset=world_captions --source=train
 
 Of posed sequences it shows frames, their depth in colours (red near, blue far, grey not known, pale blue sky), and the
 scene from above as the first frame's camera has it: points of all frames in their colours, the cameras from blue to
@@ -45,7 +46,9 @@ PATH_FRAMES = 24  # at most so many cameras are read for the path
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("dataset", None, f"One of {', '.join(sorted(ENTRIES))}.", flag_values=FLAGS)
-flags.DEFINE_string("source", None, "The folder of its published layout, or of shards.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "source", None, "The folder of its published layout, or of shards; for the world its split.", flag_values=FLAGS
+)
 flags.DEFINE_string("split", "train", "As the data set calls it.", flag_values=FLAGS)
 flags.DEFINE_multi_string("option", [], command.OPTION_HELP, flag_values=FLAGS)
 flags.DEFINE_string("output", "samples.png", "The picture.", flag_values=FLAGS)

@@ -33,7 +33,7 @@ class NamedRecords(Protocol):
 
 
 class Skips(TypedDict):
-    """What a batch brings along about its samples.
+    """What a batch brings along about its records: one a sample, or [B, K] where a sample holds K.
 
     Keys:
       drawn: int64 [B], the record that the shuffle drew; the batch's "record" is the one that was used.
@@ -98,14 +98,15 @@ class SkipCounter:
 
         Args:
           task: its name. A source that serves several tasks must do well in each of them.
-          sources: the source of each draw.
+          sources: the source of each draw, row by row.
           skips: of the batch.
 
         Raises:
           DataError: more than the allowed share of a source's last `WINDOW` draws failed.
         """
         keys = [(task, source.name) for source in sources]
-        for key, reason, message in zip(keys, skips["reason"].tolist(), skips["message"].tolist(), strict=True):
+        told = (skips[field].ravel().tolist() for field in ("reason", "message"))
+        for key, reason, message in zip(keys, *told, strict=True):
             self._drawn.setdefault(key, collections.deque(maxlen=WINDOW)).append(reason)
             if reason:
                 self._counts.setdefault(key[1], collections.Counter())[reason] += 1

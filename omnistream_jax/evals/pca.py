@@ -4,11 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-GAP = 2
-LABEL_HEIGHT = 16
-BACKGROUND = 255
+from omnistream_jax.evals.rows import enlarge, labelled_row
 
 
 def pca_picture(frames: np.ndarray, feature_maps: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -26,7 +23,7 @@ def pca_picture(frames: np.ndarray, feature_maps: Mapping[str, np.ndarray]) -> n
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise ValueError(f"frames: expected uint8 [T, H, W, 3], T >= 1, got {frames.dtype} {frames.shape}")
-    rows = [_labelled_row("frames", frames)]
+    rows = [labelled_row("frames", frames)]
     for name, features in feature_maps.items():
         features = np.asarray(features, np.float32)
         if features.ndim != 4 or len(features) != len(frames) or min(features.shape) == 0:
@@ -34,7 +31,7 @@ def pca_picture(frames: np.ndarray, feature_maps: Mapping[str, np.ndarray]) -> n
         if not np.isfinite(features).all():
             raise ValueError(f"feature_maps[{name!r}]: expected finite features, got NaN or infinity")
         colours = principal_colours(features)
-        rows.append(_labelled_row(name, np.stack([_enlarge(tile, frames.shape[1:3]) for tile in colours])))
+        rows.append(labelled_row(name, np.stack([enlarge(tile, frames.shape[1:3]) for tile in colours])))
     return np.concatenate(rows, axis=0)
 
 
@@ -91,25 +88,6 @@ def principal_colours(features: np.ndarray) -> np.ndarray:
     return fit_colours(features).colours(features)
 
 
-def _enlarge(tile: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[h, w, 3] -> [H, W, 3], nearest neighbour, so that single patches stay visible."""
-    height, width = size
-    return np.asarray(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST))
-
-
 def side_by_side(frame: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """A frame [H, W, 3] and its patches' colours [h, w, 3] to its right, uint8 [H, 2 W, 3]."""
-    return np.concatenate([frame, _enlarge(colours, frame.shape[:2])], axis=1)
-
-
-def _labelled_row(label: str, tiles: np.ndarray) -> np.ndarray:
-    """Tiles [T, H, W, 3] side by side under a strip with the label: [LABEL_HEIGHT + H + GAP, Wp, 3]."""
-    count, height, width, _ = tiles.shape
-    row = Image.new("RGB", (count * (width + GAP) - GAP, LABEL_HEIGHT + height + GAP), (BACKGROUND,) * 3)
-    # Clipped to the strip: a long label must not be drawn over the tiles.
-    strip = Image.new("RGB", (row.width, LABEL_HEIGHT), (BACKGROUND,) * 3)
-    ImageDraw.Draw(strip).text((2, 1), label, fill=(0, 0, 0), font=ImageFont.load_default(size=12))
-    row.paste(strip, (0, 0))
-    for index, tile in enumerate(tiles):
-        row.paste(Image.fromarray(tile), (index * (width + GAP), LABEL_HEIGHT))
-    return np.asarray(row)
+    return np.concatenate([frame, enlarge(colours, frame.shape[:2])], axis=1)

@@ -89,3 +89,10 @@ def apply_rope(tokens: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     rotated = x * cos[..., None, :] + jnp.concatenate([-second, first], -1) * sin[..., None, :]
     return rotated.astype(tokens.dtype)
+
+
+def random_scale(key: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
+    """Training's jitter: factors (time, space) on the coordinates, log-uniform in [1 / largest, largest] (SPEC 2)."""
+    limit = jnp.log(largest)
+    time, space = jnp.exp(jax.random.uniform(key, (2,), minval=-limit, maxval=limit))
+    return time, space

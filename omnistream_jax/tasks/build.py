@@ -1,7 +1,6 @@
 """From a config to the backbone and the tasks that train it."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,18 +9,27 @@ from ml_collections import ConfigDict
 
 from omnistream_jax.config import ConfigError
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.posed import PosedData
 from omnistream_jax.data.registry import ENTRIES, open_dataset
-from omnistream_jax.data.sources import Source, embedded_source, image_source, video_source
+from omnistream_jax.data.sources import embedded_source, image_source, video_source
 from omnistream_jax.data.ssl import SelfSupervisedData
 from omnistream_jax.models.backbone import Backbone, default_dtype
+from omnistream_jax.models.geometry import GeometryHeads, geometry_config
 from omnistream_jax.models.heads import DinoHead
 from omnistream_jax.models.presets import BackboneConfig, preset
 from omnistream_jax.optim import Optimizer, TeacherSchedule
+from omnistream_jax.tasks.geometry import GeometrySettings, GeometryTask
 from omnistream_jax.tasks.self_supervision import SelfSupervisionSettings, SelfSupervisionTask
 from omnistream_jax.tasks.task import Task
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 EMBEDDED = "embedded"
+_KINDS = {"image": "images", "clip": "videos", "posed": "posed"}  # of a task -> of its sources
+_EXPECTED = {
+    "image": "folders or .txt lists of photographs",
+    "clip": "folders or .txt lists of videos",
+    "posed": "data sets as NAME:DIR, the names being those of data/registry.py",
+}
 
 
 def build_backbone(config: ConfigDict) -> Backbone:
@@ -44,8 +52,11 @@ def build_tasks(config: ConfigDict, backbone: Backbone, gram: BackboneConfig | N
         gram: configuration of the Gram teacher's backbone; None if the term is off.
     """
     _check_self_supervision(config.self_supervision)
+    _check_geometry(config.geometry)
     tasks = [
-        _self_supervision(name, fields, config, backbone, gram)
+        _geometry(name, fields, config, backbone)
+        if fields.kind == "posed"
+        else _self_supervision(name, fields, config, backbone, gram)
         for name, fields in config.tasks.items()
         if fields.weight != 0
     ]
@@ -100,13 +111,11 @@ def _self_supervision(
 ) -> SelfSupervisionTask:
     shared = config.self_supervision
     if fields.kind not in ("image", "clip"):
-        raise ConfigError(f"tasks.{name}.kind: expected image or clip, got {fields.kind!r}")
+        raise ConfigError(f"tasks.{name}.kind: expected image, clip or posed, got {fields.kind!r}")
     # KoLeo needs a neighbour, and DINO compares local crops with global ones.
     _require(fields.batch_size >= 2, f"tasks.{name}.batch_size", fields.batch_size, "2 or more")
     _require(fields.local_crops >= 1, f"tasks.{name}.local_crops", fields.local_crops, "1 or more")
-    devices = jax.device_count()
-    whole = fields.batch_size % devices == 0
-    _require(whole, f"tasks.{name}.batch_size", fields.batch_size, f"a multiple of the {devices} devices")
+    _require_whole_batches(name, fields)
     snapshots = gram_snapshots(config)
     settings = SelfSupervisionSettings(
         student_temperature=shared.student_temperature,
@@ -142,19 +151,83 @@ def _self_supervision(
     )
 
 
-def _data(name: str, fields: Mapping[str, Any], patch_size: int, gram_size: int) -> SelfSupervisedData:
+def _require_whole_batches(name: str, fields: ConfigDict) -> None:
+    devices = jax.device_count()
+    whole = fields.batch_size >= 1 and fields.batch_size % devices == 0
+    _require(whole, f"tasks.{name}.batch_size", fields.batch_size, f"a multiple of the {devices} devices")
+
+
+def _check_geometry(fields: ConfigDict) -> None:
+    name = "geometry"
+    _require(fields.alpha >= 0, f"{name}.alpha", fields.alpha, "0 or more")
+    _require(fields.gradient_scales >= 1, f"{name}.gradient_scales", fields.gradient_scales, "1 or more")
+    _require(fields.point_norm in ("l1", "l2"), f"{name}.point_norm", fields.point_norm, "l1 or l2")
+    _require(fields.rope_jitter > 0, f"{name}.rope_jitter", fields.rope_jitter, "a positive number")
+    for term, weight in fields.weights.items():
+        _require(weight >= 0, f"{name}.weights.{term}", weight, "0 or more")
+
+
+def _geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backbone) -> GeometryTask:
+    shared, sizes = config.geometry, backbone.config
+    _require_whole_batches(name, fields)
+    for side in ("height", "width"):
+        fits = fields[side] >= sizes.patch_size and fields[side] % sizes.patch_size == 0
+        _require(fits, f"tasks.{name}.{side}", fields[side], f"a multiple of {sizes.patch_size}")
+    try:
+        heads = geometry_config(
+            sizes.depth,
+            tuple(shared.layers),
+            features=shared.features,
+            out_channels=tuple(shared.out_channels),
+            units=shared.units,
+        )
+    except ValueError as error:
+        raise ConfigError(f"geometry.{error}") from error
+    sources, weights = _sources(name, fields)
+    return GeometryTask(
+        name=name,
+        weight=fields.weight,
+        data=PosedData(
+            sources=sources,
+            global_batch_size=fields.batch_size,
+            weights=weights,
+            frames=fields.frames,
+            size=(fields.height, fields.width),
+            crop_scale=tuple(fields.crop_scale),
+            colour=fields.colour,
+        ),
+        backbone=backbone,
+        geometry_heads=GeometryHeads(heads, sizes.width, sizes.patch_size, backbone.dtype),
+        settings=GeometrySettings(
+            alpha=shared.alpha,
+            gradient_scales=shared.gradient_scales,
+            point_norm=shared.point_norm,
+            ray_confidence=shared.ray_confidence,
+            rope_jitter=shared.rope_jitter,
+            **{f"{term}_weight": weight for term, weight in shared.weights.items()},
+        ),
+        remat=config.model.remat,
+    )
+
+
+def _sources(name: str, fields: ConfigDict) -> tuple[tuple[Any, ...], tuple[float, ...] | None]:
+    """The sources of a task's paths and their shares."""
     sources = tuple(_source(name, fields, path.strip()) for path in fields.paths.split(",") if path.strip())
     if not sources:
-        kind = "photographs" if fields.kind == "image" else "videos"
-        raise ConfigError(f"tasks.{name}.paths: give folders or .txt lists of {kind}, separated by commas")
+        raise ConfigError(f"tasks.{name}.paths: give {_EXPECTED[fields.kind]}, separated by commas")
     weights = tuple(fields.path_weights)
     if weights and len(weights) != len(sources):
         raise ConfigError(f"tasks.{name}.path_weights: {len(weights)} are given for {len(sources)} paths")
+    return sources, weights or None
+
+
+def _data(name: str, fields: ConfigDict, patch_size: int, gram_size: int) -> SelfSupervisedData:
+    sources, weights = _sources(name, fields)
     clip = {} if fields.kind == "image" else {"frames": fields.frames, "stride": tuple(fields.stride)}
     return SelfSupervisedData(
         sources=sources,
         global_batch_size=fields.batch_size,
-        weights=weights or None,
+        weights=weights,
         global_size=fields.global_size,
         local_size=fields.local_size,
         local_crops=fields.local_crops,
@@ -165,19 +238,23 @@ def _data(name: str, fields: Mapping[str, Any], patch_size: int, gram_size: int)
     )
 
 
-def _source(name: str, fields: Mapping[str, Any], path: str) -> Source:
+def _source(name: str, fields: ConfigDict, path: str) -> Any:
     """What one entry of a task's paths names: EMBEDDED, DATASET:DIR of data/registry.py, or a folder, list or file."""
-    images = fields.kind == "image"
+    kind = _KINDS[fields.kind]
     if path == EMBEDDED:
-        return embedded_source("images" if images else "videos", "train")
+        return open_dataset("world", "train") if kind == "posed" else embedded_source(kind, "train")
     dataset, colon, root = path.partition(":")
-    sampling = {} if images else {"short_side": fields.short_side or None, "frame_rate": fields.frame_rate or None}
+    sampling = {}
+    if kind == "videos":
+        sampling = {"short_side": fields.short_side or None, "frame_rate": fields.frame_rate or None}
     try:
         if colon and dataset in ENTRIES:
-            kind = "images" if images else "videos"
             if ENTRIES[dataset].kind != kind:
                 raise ConfigError(f"tasks.{name}.paths: {dataset} holds {ENTRIES[dataset].kind}, expected {kind}")
-            return dataclasses.replace(open_dataset(dataset, root), **sampling)
-        return image_source(path) if images else video_source(path, **sampling)
+            source = open_dataset(dataset, root)
+            return dataclasses.replace(source, **sampling) if sampling else source
+        if kind == "posed":
+            raise ConfigError(f"tasks.{name}.paths: {path!r}, expected {_EXPECTED[fields.kind]}")
+        return image_source(path) if kind == "images" else video_source(path, **sampling)
     except DataError as error:
         raise ConfigError(f"tasks.{name}.paths: {error}") from error

@@ -19,6 +19,7 @@ from omnistream_jax.losses.koleo import koleo_loss
 from omnistream_jax.losses.sinkhorn import sinkhorn_knopp
 from omnistream_jax.models.backbone import Backbone, BackboneOutput
 from omnistream_jax.models.heads import DinoHead
+from omnistream_jax.ops.rope import random_scale
 from omnistream_jax.optim import linear
 from omnistream_jax.tasks.task import Params, Teachers
 
@@ -129,9 +130,8 @@ class SelfSupervisionTask:
 
     def _student(self, params: Params, crops: jax.Array, key: jax.Array, masks: jax.Array | None) -> BackboneOutput:
         """Features of crops [B, C, T, H, W, 3]: [B * C, T, ...]."""
-        limit = jnp.log(self.settings.rope_jitter)
-        time, space = jnp.exp(jax.random.uniform(key, (2,), minval=-limit, maxval=limit))
-        return self.backbone.apply({"params": params}, _merged(crops), masks=masks, rope_scale=(time, space), layers=())
+        scale = random_scale(key, self.settings.rope_jitter)
+        return self.backbone.apply({"params": params}, _merged(crops), masks=masks, rope_scale=scale, layers=())
 
     def _targets(
         self, ema: Params, batch: Mapping[str, jax.Array], rows: "_MaskedRows", temperature: jax.Array

@@ -23,7 +23,7 @@ from omnistream_jax.data.schema import CaptionedImage
 
 REF_START, REF_END = "<|object_ref_start|>", "<|object_ref_end|>"
 BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
-CONTROL = re.compile(r"<\|\w+\|>")
+CONTROL = re.compile(r"<\|\w+\|>|</?think>")
 """Tokens that mean something to the decoder."""
 
 DESCRIBE = "Describe the image."

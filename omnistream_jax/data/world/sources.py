@@ -25,6 +25,8 @@ from omnistream_jax.data.world.scenes import Scene, build_scene, motion_of
 
 FRAMES_PER_SECOND = 8.0
 MIN_SIZE, MAX_SIZE = 16, 1024
+LENGTHS = {"train": 20_000, "heldout": 500}
+"""Scenes of a split, where nothing else is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class _World:
         limits = {"length": (1, None), "frames": (1, None), "size": (MIN_SIZE, MAX_SIZE), "seed": (0, None)}
         for field, (low, high) in limits.items():
             value = getattr(self, field)
-            if value < low or (high is not None and value > high):
+            if not isinstance(value, int | np.integer) or value < low or (high is not None and value > high):
                 expected = f"{low} to {high}" if high is not None else f"{low} or more"
                 raise DataError(f"world: {field} is {value}, expected {expected}")
 
@@ -131,18 +133,34 @@ class WorldClips(_World):
 
 @dataclasses.dataclass(frozen=True)
 class WorldVideos(_World):
-    """Videos for self-supervision, and for probes of motion by `label`; a `data.sources.Source`."""
+    """Videos for self-supervision, and for probes of motion by `label`; a `data.sources.Source`.
+
+    Attributes:
+      short_side: samples are rendered at this side where it is below `size`; None: at `size`.
+      frame_rate: the unit of strides, as in `data.sources.VideoSource`; the video's own is FRAMES_PER_SECOND.
+    """
 
     frames: int = 32
+    short_side: int | None = dataclasses.field(default=None, kw_only=True)
+    frame_rate: float | None = dataclasses.field(default=None, kw_only=True)
     KIND: ClassVar[str] = "videos"
     labels: ClassVar[tuple[str, ...]] = MOTIONS
     max_frames: ClassVar[int | None] = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.short_side is not None and self.short_side < MIN_SIZE:
+            raise DataError(f"world: short_side is {self.short_side}, expected {MIN_SIZE} or more")
+        if self.frame_rate is not None and not self.frame_rate > 0:
+            raise DataError(f"world: frame_rate is {self.frame_rate}, expected a positive number")
+
     def sample(self, index: int, rng: np.random.Generator, frames: int, stride: tuple[int, int] = (1, 1)) -> Sample:
         """A random clip of a video; arguments and errors as of `data.sources.VideoSource.sample`."""
         path = self.describe(index)
-        chosen = clip_indices(rng, self.frames, frames, stride, path)
-        return Sample(frames=self.clip(index, chosen).images, path=path)
+        unit = max(1.0, FRAMES_PER_SECOND / self.frame_rate) if self.frame_rate else 1.0
+        chosen = clip_indices(rng, self.frames, frames, stride, path, unit)
+        shown = dataclasses.replace(self, size=min(self.size, self.short_side or self.size))
+        return Sample(frames=shown.clip(index, chosen).images, path=path)
 
 
 @dataclasses.dataclass(frozen=True)

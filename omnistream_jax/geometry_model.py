@@ -1,0 +1,200 @@
+"""A backbone with its geometry heads: depth, rays and cameras of clips and of streams."""
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from safetensors.numpy import save_file
+
+from omnistream_jax import model as model_lib
+from omnistream_jax.convert.files import WeightsError, find_directory, read_json, read_tensor_file
+from omnistream_jax.geometry.cameras import decode_camera
+from omnistream_jax.geometry.rays import camera_from_rays
+from omnistream_jax.model import Frames, Model
+from omnistream_jax.models.backbone import BackboneOutput
+from omnistream_jax.models.geometry import GeometryConfig, GeometryHeads
+from omnistream_jax.stream import Stream
+from omnistream_jax.utils.trees import describe, named_leaves, nest
+
+CONFIG_NAME, WEIGHTS_NAME = "geometry.json", "geometry.safetensors"
+
+
+@struct.dataclass
+class Reconstruction:
+    """Geometry of T frames, float32, in the coordinates of the stream's first camera (OpenCV's axes).
+
+    Lengths are in the model's units, see `GeometryConfig.units`. Pixel centres lie at + 0.5.
+
+    Attributes:
+        depth: [B, T, H, W], along each camera's axis.
+        depth_confidence: [B, T, H, W], 1 or more.
+        rays: [B, T, 8h, 8w, 6], origin and direction (of unit depth) at the centres of 8 x 8 cells a patch.
+        ray_confidence: [B, T, 8h, 8w], 1 or more.
+        cam_to_world: [B, T, 4, 4], by the camera head.
+        intrinsics: [B, T, 3, 3], in pixels, by the camera head; the principal point is the centre.
+    """
+
+    depth: jax.Array
+    depth_confidence: jax.Array
+    rays: jax.Array
+    ray_confidence: jax.Array
+    cam_to_world: jax.Array
+    intrinsics: jax.Array
+
+    def cameras_from_rays(self) -> tuple[jax.Array, jax.Array]:
+        """cam_to_world and intrinsics solved from the ray maps instead; any principal point."""
+        height, width = self.depth.shape[2:]
+        return camera_from_rays(self.rays, height, width, self.ray_confidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeometryModel:
+    """A backbone with geometry heads and their weights.
+
+    Attributes:
+        model: the backbone.
+        heads: the Linen module; its `config` says which blocks it reads and what a unit of length is.
+        params: the heads' parameters, float32.
+    """
+
+    model: Model
+    heads: GeometryHeads
+    params: Mapping[str, Any]
+
+    def reconstruct(self, frames: Frames, *, time_unit: float | None = None) -> Reconstruction:
+        """Depth and cameras of whole clips.
+
+        Args:
+            frames: [B, T, H, W, 3] RGB as for `Model.encode`.
+            time_unit: as for `Model.encode`.
+        """
+        out = self.model.encode(frames, time_unit=time_unit, **self._reads(*np.shape(frames)[:1], *frames.shape[2:4]))
+        return self._geometry(out, *frames.shape[2:4])
+
+    def open_stream(self, batch: int = 1, height: int = 224, width: int = 224, **options: Any) -> Stream:
+        """As `Model.open_stream`, which names the options; `layers`, `camera_token` and `aspect_ratio` are set here."""
+        return self.model.open_stream(batch, height, width, **self._reads(batch, height, width), **options)
+
+    def step(
+        self, stream: Stream, frames: Frames, *, active: np.ndarray | None = None
+    ) -> tuple[Reconstruction, BackboneOutput, Stream]:
+        """Feed the next frames to a stream, see `Model.step`: their geometry, their features, the stream after them.
+
+        The geometry equals that of `reconstruct` on the whole stream.
+        """
+        out, stream = self.model.step(stream, frames, active=active)
+        return self._geometry(out, stream.options.height, stream.options.width), out, stream
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the backbone as `Model.save` does, and beside it geometry.json and geometry.safetensors."""
+        self.model.save(directory)
+        directory, leaves = Path(directory), named_leaves(dict(self.params))
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as aside:
+            weights, text = Path(aside) / WEIGHTS_NAME, Path(aside) / CONFIG_NAME
+            save_file({name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}, weights)
+            text.write_text(json.dumps(dataclasses.asdict(self.heads.config), indent=2) + "\n", encoding="utf-8")
+            os.replace(weights, directory / WEIGHTS_NAME)
+            os.replace(text, directory / CONFIG_NAME)
+
+    def _reads(self, batch: int, height: int, width: int) -> dict[str, Any]:
+        """What the heads need of the backbone, as arguments of `encode` and `open_stream`."""
+        ratio = np.full(batch, height / width, np.float32)
+        return {"layers": self.heads.config.layers, "camera_token": True, "aspect_ratio": ratio}
+
+    def _geometry(self, out: BackboneOutput, height: int, width: int) -> Reconstruction:
+        return _apply_heads(self.heads, self.params, out.hidden, out.camera, height, width)
+
+
+def build_geometry_model(model: Model, config: GeometryConfig, params: Mapping[str, Any]) -> GeometryModel:
+    """A GeometryModel from parts; the heads compute in the backbone's dtype."""
+    sizes = model.config
+    return GeometryModel(model, GeometryHeads(config, sizes.width, sizes.patch_size, model.backbone.dtype), params)
+
+
+def load_geometry(path: str | os.PathLike, rope: str | None = None, dtype: Any = None) -> GeometryModel:
+    """Load a backbone with geometry heads, as training left them in WORKDIR/model or `GeometryModel.save` wrote them.
+
+    Args:
+        path: a directory or hub id; rope, dtype: as of `load`.
+
+    Raises:
+        convert.files.WeightsError: naming the file and everything in it that does not fit.
+    """
+    model = model_lib.load(path, rope=rope, dtype=dtype)
+    directory = find_directory(path)
+    if not (directory / CONFIG_NAME).exists():
+        raise WeightsError(f"{directory}: a backbone without geometry heads, expected {CONFIG_NAME} in it")
+    if not model.config.camera:
+        raise WeightsError(f"{directory}: geometry heads need a backbone with a camera token, this one has none")
+    config = _read_config(directory / CONFIG_NAME, model.config.depth)
+    built = build_geometry_model(model, config, {})
+    tensors = read_tensor_file(directory / WEIGHTS_NAME)
+    _check(directory / WEIGHTS_NAME, tensors, built.heads)
+    params = jax.tree.map(jnp.asarray, nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()}))
+    return dataclasses.replace(built, params=params)
+
+
+def _read_config(path: Path, depth: int) -> GeometryConfig:
+    content = read_json(path)
+    fields = {field.name for field in dataclasses.fields(GeometryConfig)}
+    if set(content) != fields:
+        raise WeightsError(f"{path}: expected the keys {sorted(fields)}, got {sorted(content)}")
+    try:
+        values = {
+            name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            for name, value in content.items()
+        }
+        config = GeometryConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if max(config.layers) >= depth:
+        raise WeightsError(f"{path}: layers: the backbone has {depth} blocks, got {config.layers}")
+    return config
+
+
+def _check(path: Path, tensors: Mapping[str, np.ndarray], heads: GeometryHeads) -> None:
+    side, width = heads.patch_size, heads.width
+    token = jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32)
+    camera = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
+    init = functools.partial(heads.init, height=side, width=side)
+    expected = jax.eval_shape(init, jax.random.key(0), [token] * len(heads.config.layers), camera)["params"]
+    shapes = {name: leaf.shape for name, leaf in named_leaves(expected).items()}
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())]
+    problems += [f"{name} is not expected" for name in sorted(tensors.keys() - shapes.keys())]
+    problems += [
+        f"{name} is {describe(tensors[name])}, expected shape {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise WeightsError(f"{path}: " + "; ".join(problems))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _apply_heads(
+    heads: GeometryHeads,
+    params: Mapping[str, Any],
+    hidden: tuple[jax.Array, ...],
+    camera: jax.Array,
+    height: int,
+    width: int,
+) -> Reconstruction:
+    prediction = heads.apply({"params": params}, hidden, camera, height, width)
+    cam_to_world, intrinsics = decode_camera(prediction.camera, height, width)
+    return Reconstruction(
+        depth=prediction.depth,
+        depth_confidence=prediction.depth_confidence,
+        rays=prediction.rays,
+        ray_confidence=prediction.ray_confidence,
+        cam_to_world=cam_to_world,
+        intrinsics=intrinsics,
+    )

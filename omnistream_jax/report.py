@@ -1,0 +1,126 @@
+"""What a finished training run leaves: the model, scores on held-out material, and pictures."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from omnistream_jax.data.embedded import heldout_clip
+from omnistream_jax.data.picture import colour_depth
+from omnistream_jax.data.world import WorldClips
+from omnistream_jax.evals.patch_retrieval import patch_retrieval
+from omnistream_jax.evals.pca import pca_picture
+from omnistream_jax.evals.rows import labelled_row
+from omnistream_jax.evals.world_geometry import world_geometry
+from omnistream_jax.geometry.alignment import fit_scale
+from omnistream_jax.geometry_model import GeometryModel, build_geometry_model
+from omnistream_jax.model import Model, build_model
+from omnistream_jax.models.backbone import Backbone
+from omnistream_jax.models.geometry import GeometryHeads
+from omnistream_jax.tasks.geometry import HEADS, GeometryTask
+from omnistream_jax.tasks.task import Params, Task
+from omnistream_jax.utils.metrics import MetricsWriter
+
+_RETRIEVAL_FRAMES, _RETRIEVAL_CROPS = 12, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The modules of a run, and the parameters before and after it.
+
+    Attributes:
+        backbone: the module.
+        tasks: what was trained.
+        initial: the backbone's parameters before the first step.
+        params: {"backbone": ..., head name: ...} after the last, of the EMA teacher where there is one.
+    """
+
+    backbone: Backbone
+    tasks: Sequence[Task]
+    initial: Params
+    params: Params
+
+    @property
+    def model(self) -> Model:
+        """The trained backbone."""
+        return build_model(self.backbone.config, self.params["backbone"], dtype=self.backbone.dtype)
+
+    @property
+    def untrained(self) -> Model:
+        """The backbone before training."""
+        return build_model(self.backbone.config, self.initial, dtype=self.backbone.dtype)
+
+    @property
+    def geometry(self) -> GeometryModel | None:
+        """The trained backbone with its geometry heads, if a task has trained them."""
+        task = next((task for task in self.tasks if isinstance(task, GeometryTask)), None)
+        if task is None:
+            return None
+        heads: GeometryHeads = task.geometry_heads
+        return build_geometry_model(self.model, heads.config, self.params[HEADS])
+
+
+def report(config: ConfigDict, trained: Trained, workdir: Path, metrics: MetricsWriter, say: Callable) -> None:
+    """Exports the model to `workdir/model`, measures it on held-out material and draws it.
+
+    Args:
+        config: of the run; `evaluation` says at what sizes.
+        trained: the modules and parameters.
+        workdir: gets model/, features.png and, with geometry, geometry.png.
+        metrics: gets the scores at the last step.
+        say: prints a line.
+    """
+    if jax.process_index() != 0:
+        return
+    fields, model, geometry = config.evaluation, trained.model, trained.geometry
+    (geometry or model).save(workdir / "model")
+    scores = {}
+    for name, each in (("trained", model), ("untrained", trained.untrained)):
+        scores |= {f"{key}_{name}": value for key, value in _retrieval(each, fields.retrieval_size).items()}
+    pictures = {"features": _features_picture(trained, fields.picture_frames, fields.picture_size)}
+    if geometry is not None:
+        clips = WorldClips("heldout", fields.geometry_scenes, frames=fields.picture_frames, size=fields.geometry_size)
+        scores |= world_geometry(geometry.reconstruct, clips)
+        pictures["geometry"] = _geometry_picture(geometry, clips)
+    metrics.write(config.steps, scores)
+    for name, picture in pictures.items():
+        metrics.write_image(config.steps, name, picture)
+        aside = workdir / f".{name}.png"
+        Image.fromarray(picture).save(aside, format="png")
+        aside.replace(workdir / f"{name}.png")
+    files = ", ".join(str(workdir / f"{name}.png") for name in pictures)
+    say(f"model: {workdir / 'model'}, pictures: {files}")
+
+
+def _retrieval(model: Model, side: int) -> dict[str, float]:
+    """Patch retrieval on held-out frames, each with several crops: in percent, see evals/patch_retrieval.py."""
+    frames = heldout_clip(_RETRIEVAL_FRAMES, side, side)
+
+    def features(images: np.ndarray) -> np.ndarray:
+        return np.asarray(model.encode(images[:, None], layers=()).patches[:, 0])
+
+    scores = [patch_retrieval(features, frames, seed=seed) for seed in range(_RETRIEVAL_CROPS)]
+    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+
+
+def _features_picture(trained: Trained, count: int, side: int) -> np.ndarray:
+    """Principal components on a held-out clip, before and after training."""
+    frames = heldout_clip(count, side, side)
+    models = {"untrained": trained.untrained, "trained": trained.model}
+    maps = {name: np.asarray(model.encode(frames[None], layers=()).patches[0]) for name, model in models.items()}
+    return pca_picture(frames, maps)
+
+
+def _geometry_picture(model: GeometryModel, clips: WorldClips) -> np.ndarray:
+    """A held-out scene: frames, true depth, and predicted depth at the clip's best scale."""
+    clip = clips.clip(0)
+    depth = np.asarray(model.reconstruct(clip.images[None]).depth[0], np.float64)
+    depth *= fit_scale(depth.ravel(), clip.depth.ravel().astype(np.float64), np.ones(depth.size, bool))
+    limits = tuple(np.percentile(clip.depth, (2, 98)))
+    rows = {"held-out scene": clip.images}
+    rows |= {"true depth": colour_depth(clip.depth, limits), "depth, predicted": colour_depth(depth, limits)}
+    return np.concatenate([labelled_row(name, tiles) for name, tiles in rows.items()])

