@@ -43,7 +43,7 @@ EXTRAS_REQUIRE = {
     "data": DATA,
     "viz": VIZ,
     "eval": EVAL,
-    "test": ["chex>=0.1.90", "evo>=1.31", "plyfile>=1.0", "pytest>=8", "ruff>=0.12", *DATA, *EVAL, *VIZ],
+    "test": ["chex>=0.1.90", "evo>=1.38", "plyfile>=1.0", "pytest>=8", "ruff>=0.12", *DATA, *EVAL, *VIZ],
 }
 
 setup(

@@ -11,7 +11,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
-from omnistream_jax import extract, live, train
+from omnistream_jax import evaluate, extract, live, train
 from omnistream_jax.checkpoint import CheckpointError
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
@@ -29,6 +29,7 @@ EXPLAINED = (
     DataError,
     WeightsError,
     WorkdirLockedError,
+    evaluate.EvaluationError,
     extract.ExtractionError,
     live.LiveError,
     train.TrainingError,
@@ -65,7 +66,13 @@ def _stream(config: ConfigDict) -> None:
     live.stream(config)
 
 
-JOBS = {"train": _train, "extract": _extract, "stream": _stream}
+def _evaluate(config: ConfigDict) -> int:
+    if WORKDIR.present:
+        raise ConfigError("workdir: an evaluation writes to --config.output=DIR")
+    return evaluate.evaluate(config)
+
+
+JOBS = {"train": _train, "extract": _extract, "stream": _stream, "evaluate": _evaluate}
 
 if __name__ == "__main__":
     config_lib.run(main, errors=EXPLAINED)

@@ -30,4 +30,7 @@ def small_config(**overrides: object) -> ConfigDict:
     for task, batch in (("image_ssl", 3), ("clip_ssl", 2)):
         small |= {f"tasks.{task}.batch_size": batch, f"tasks.{task}.global_size": 32, f"tasks.{task}.local_size": 16}
     small["tasks.clip_ssl.frames"] = 2
+    small |= {"geometry.features": 8, "geometry.out_channels": (8, 8, 8, 8), "evaluation.geometry_scenes": 2}
+    small |= {"evaluation.geometry_size": 32, "tasks.clip_geometry.frames": 2}
+    small |= {"tasks.clip_geometry.height": 32, "tasks.clip_geometry.width": 32}
     return config_lib.load(PRETRAIN, small | {name.replace("__", "."): value for name, value in overrides.items()})

@@ -1,0 +1,226 @@
+"""Evaluators on a checkpoint: so far streaming geometry, by the protocols in evals/video_depth.py and camera_pose.py.
+
+A sequence that is finished has its file of numbers, written aside and renamed, so a killed run costs one sequence.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import omnistream_jax
+from omnistream_jax import config as config_lib
+from omnistream_jax.config import ConfigError
+from omnistream_jax.convert.files import WeightsError, find_directory
+from omnistream_jax.data.benchmarks.base import Benchmark, FrameSequence
+from omnistream_jax.data.benchmarks.registry import open_benchmark
+from omnistream_jax.evals import geometry_plots, geometry_table
+from omnistream_jax.evals.camera_pose import PoseResult, aggregate_poses, evaluate_camera_pose
+from omnistream_jax.evals.depth_metrics import ALIGNMENTS
+from omnistream_jax.evals.geometry_stream import SequenceStreamer
+from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
+from omnistream_jax.geometry_model import load_geometry
+from omnistream_jax.utils.lock import WorkdirLock
+
+SUMMARY, SETTINGS = "geometry.json", "settings.json"
+_SHOWN = 4  # frames of a sequence in its picture
+
+
+class EvaluationError(RuntimeError):
+    """The run cannot go on; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked configuration with what it names."""
+
+    config: ConfigDict
+    benchmarks: tuple[Benchmark, ...]
+    streamer: SequenceStreamer
+    settings: Mapping[str, Any]  # what the numbers of a sequence depend on
+    output: Path
+
+
+def evaluate(config: ConfigDict) -> int:
+    """Evaluate as the config says; configs/evaluate_geometry.py tells what is left in `config.output`.
+
+    Returns:
+        The exit status: 0 if every sequence has a score, 1 if some have none.
+
+    Raises:
+        ConfigError: a field does not fit, or `config.output` holds results of other settings.
+        DataError: a benchmark is not complete, or a file of it is damaged; finished sequences are kept.
+        WeightsError: the checkpoint cannot be read.
+        WorkdirLockedError: another run works in `config.output`.
+        EvaluationError: out of memory, or results that cannot be written.
+    """
+    job = build(config)
+    with _explained(job), WorkdirLock(job.output):
+        _remember(job)
+        benchmarks = {benchmark.name: _evaluate_benchmark(job, benchmark) for benchmark in job.benchmarks}
+        content = {"config": config_lib.to_plain(config), "settings": job.settings, **_versions()}
+        _write(job.output / SUMMARY, content | {"benchmarks": benchmarks})
+    print(geometry_table.geometry_table(benchmarks, config.align), job.output / SUMMARY, sep="\n", flush=True)
+    return 1 if any(each["problem"] for each in benchmarks.values()) else 0
+
+
+def build(config: ConfigDict) -> Job:
+    """Check the fields, count the data and load the model; nothing is written yet. Raises as `evaluate`."""
+    for name in ("output", "checkpoint"):
+        if not config[name]:
+            raise ConfigError(f"{name}: expected a directory, got none; give --config.{name}=DIR")
+    folders = {name: folder for name, folder in config.benchmarks.items() if folder}
+    if not folders:
+        raise ConfigError("benchmarks: none has a folder; give --config.benchmarks.NAME=DIR")
+    if config.align not in ALIGNMENTS:
+        raise ConfigError(f"align: expected one of {', '.join(ALIGNMENTS)}, got {config.align!r}")
+    if config.window < 0:
+        raise ConfigError(f"window: expected a number of frames, or 0 for all, got {config.window}")
+    benchmarks = tuple(open_benchmark(name, folder, config.allow_incomplete) for name, folder in folders.items())
+    try:
+        if config.plots:
+            geometry_plots.check_plotting()
+        dtype = None if config.compute_dtype == "auto" else config.compute_dtype
+        model = load_geometry(config.checkpoint, dtype=dtype)
+        fields = {name: config[name] for name in ("sinks", "frames_per_step", "pose_source")}
+        streamer = SequenceStreamer(model, config.window or None, time_unit=config.time_unit or None, **fields)
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.long_side < streamer.patch:
+        raise ConfigError(f"long_side: expected a patch of {streamer.patch} pixels or more, got {config.long_side}")
+    if config.align == "metric" and model.heads.config.units != "metres":
+        raise ConfigError("align: metric needs a model in metres, this one's unit is the size of the clip")
+    settings = {name: config[name] for name in ("align", "long_side", "window", *fields)} | {
+        "time_unit": config.time_unit or model.model.config.time_unit,
+        "compute_dtype": model.model.backbone.dtype.name,
+        "model": _fingerprint(find_directory(config.checkpoint)),
+    }
+    return Job(config, benchmarks, streamer, settings, Path(config.output))
+
+
+def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:
+    """Every sequence, and their mean."""
+    keys = {sequence.name: _key(job, benchmark, sequence) for sequence in benchmark.sequences}
+    rows = {name: row for name, key in keys.items() if (row := _finished(job, benchmark, name, key)) is not None}
+    print(f"{benchmark.name}: {benchmark.counts().describe()}; {len(rows)} finished already", flush=True)
+    began = time.monotonic()
+    for result in _results(job, benchmark, skip=set(rows)):
+        metrics = None if result.metrics is None else dataclasses.asdict(result.metrics)
+        row = {"frames": result.frames, "metrics": metrics, "problem": result.problem}
+        seconds = {"seconds": round(time.monotonic() - began, 3)}
+        rows[result.name] = row | seconds | _versions() | {"key": keys[result.name]}
+        if job.config.plots and metrics is not None:
+            path = _path(job, "plots", benchmark, result.name, ".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw = geometry_plots.plot_depth if benchmark.task == "depth" else geometry_plots.plot_trajectory
+            draw(result, path)
+        _write(_path(job, "results", benchmark, result.name, ".json"), rows[result.name])
+        told = result.problem or geometry_table.line(benchmark.task, metrics)
+        print(
+            f"{benchmark.name} {result.name}: {told} ({result.frames} frames, {seconds['seconds']:.1f} s)", flush=True
+        )
+        began = time.monotonic()
+    rows, aggregate, problem = {name: rows[name] for name in keys}, None, None
+    try:
+        aggregate = (aggregate_depth if benchmark.task == "depth" else aggregate_poses)(rows)
+    except ValueError as error:
+        problem = str(error)
+    return {"data": benchmark.settings(), "aggregate": aggregate, "problem": problem, "sequences": rows}
+
+
+def _results(job: Job, benchmark: Benchmark, skip: set[str]) -> Iterator[DepthResult | PoseResult]:
+    sizes = {"long_side": job.config.long_side, "patch": job.streamer.patch}
+    if benchmark.task == "pose":
+        return evaluate_camera_pose(job.streamer.cam_to_world, benchmark, skip=skip, **sizes)
+    show = _SHOWN if job.config.plots else 0
+    depth = job.streamer.depth
+    return evaluate_video_depth(depth, benchmark, align=job.config.align, skip=skip, show=show, **sizes)
+
+
+# What is in the output directory
+
+
+def _path(job: Job, folder: str, benchmark: Benchmark, sequence: str, suffix: str) -> Path:
+    return job.output / folder / benchmark.name / f"{sequence}{suffix}"
+
+
+def _finished(job: Job, benchmark: Benchmark, sequence: str, key: str) -> dict[str, Any] | None:
+    """The numbers of a sequence if they are there, with the picture that is asked for, and made of the same things."""
+    if job.config.plots and not _path(job, "plots", benchmark, sequence, ".png").exists():
+        return None
+    with contextlib.suppress(FileNotFoundError, ValueError):  # not JSON: not by us, made anew
+        row = json.loads(_path(job, "results", benchmark, sequence, ".json").read_text(encoding="utf-8"))
+        if isinstance(row, dict) and row.get("key") == key and row.get("problem") is None:
+            return row
+    return None
+
+
+def _key(job: Job, benchmark: Benchmark, sequence: FrameSequence) -> str:
+    """sha256 of what the numbers of a sequence depend on: settings, rules, names and sizes of its files, poses."""
+    paths = (*sequence.frame_paths, *getattr(sequence, "depth_paths", ()))
+    poses = hashlib.sha256(sequence.cam_to_world.tobytes()).hexdigest() if benchmark.task == "pose" else None
+    rules = {name: benchmark.settings()[name] for name in ("task", "max_depth", "clip_max", "frames_by")}
+    parts = [job.settings, rules, [[path.name, path.stat().st_size] for path in paths], poses]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(directory: Path) -> str:
+    """sha256 of a model directory's configurations and weights, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, Any]:
+    versions = {"omnistream_jax": omnistream_jax.__version__, "jax": jax.__version__}
+    return {"versions": versions, "device": jax.devices()[0].device_kind}
+
+
+def _remember(job: Job) -> None:
+    """Keep the settings in the output directory, and refuse others there."""
+    path = job.output / SETTINGS
+    if not path.exists():
+        _write(path, job.settings)
+        return
+    try:
+        lines = config_lib.diff(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(job.settings)))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as the settings of an earlier run") from error
+    if lines:
+        raise ConfigError(
+            f"output: {job.output} holds results of other settings; use those, or another directory:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def _explained(job: Job) -> Iterator[None]:
+    """What can go wrong outside the program as an EvaluationError."""
+    try:
+        yield
+    except OSError as error:
+        raise EvaluationError(f"{job.output}: the evaluation cannot go on ({error})") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        hint = "a smaller window, long_side or frames_per_step" if job.config.window else "a window"
+        raise EvaluationError(f"the device ran out of memory; set {hint}") from error
