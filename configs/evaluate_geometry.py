@@ -1,4 +1,4 @@
-"""Streaming geometry on the published benchmarks: video depth (Sintel, Bonn, KITTI), camera pose (Sintel, TUM, ScanNet).
+"""Streaming geometry on published benchmarks: video depth (Sintel, Bonn, KITTI), camera pose (Sintel, TUM, ScanNet).
 
     python -m omnistream_jax.main --config=configs/evaluate_geometry.py --config.checkpoint=MODEL_DIR \\
       --config.output=DIR --config.benchmarks.sintel_depth=SINTEL_DIR [--config.benchmarks.NAME=DIR ...]
@@ -19,7 +19,7 @@ Exit status: 0 all scored, 1 a sequence could not be scored or a file is broken,
 OUTPUT/geometry.json                        every setting, versions, counts, and all numbers, aggregate and per sequence
 OUTPUT/results/BENCHMARK/SEQUENCE.json      the same of one sequence, as soon as it is finished
 OUTPUT/plots/BENCHMARK/SEQUENCE.png         frames, truth, aligned prediction and error; or both trajectories
-OUTPUT/settings.json                        what the results were made with; other settings in this directory are refused
+OUTPUT/settings.json                        what the results were made with; other settings are refused here
 
 Run the same command again after a stop: finished sequences are skipped, those without a score are tried again. Further
 benchmarks may be added to an OUTPUT; geometry.json is always of those that the last command names.

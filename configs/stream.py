@@ -1,14 +1,15 @@
-"""Live: a video file, a webcam or a network stream through the model, frame by frame, with pictures of its features.
+"""Live: a video file, a webcam or a network stream through the model, frame by frame: features, depth, camera, points.
 
     python -m omnistream_jax.main --config=configs/stream.py --config.input=FILE|0|/dev/videoN|rtsp://...|http://... \\
       --config.checkpoint=MODEL_DIR --config.output=DIR [--config.field=value ...]
 
 A camera:       --config.input=0 --config.drop_frames=True
 A file like it: --config.realtime=True --config.drop_frames=True; without the two, every frame as fast as it goes.
+Geometry:       --config.geometry.enabled=True, with a checkpoint that has the heads (WORKDIR/model of a training).
 
 Hardware: a CPU, a GPU or a TPU, one device; decoding takes a core beside it. With a `window`, memory and the time for a
-frame stay the same for ever. Pictures need `pip install -e .[viz]` (Rerun) unless `record` and `viewer` are off; no
-display is needed unless `viewer` is on.
+frame stay the same for ever, those of the geometry included. Pictures need `pip install -e .[viz]` (Rerun) unless
+`record` and `viewer` are off; no display is needed unless `viewer` is on.
 
 Expect one line about compiling (a second start loads the programs from `compilation_cache`), then a line every
 `log_seconds` with frames, frames/s, latency and dropped frames, and a summary at the end. Ctrl-C, or SIGTERM, ends a
@@ -16,11 +17,23 @@ run in order: its files are finished. Exit status: 0 done or stopped so, 1 the s
 is kept), 2 a field that cannot work.
 
 OUTPUT/stream.rrd     for `rerun OUTPUT/stream.rrd`, on the timelines "frame" and "time": image, features (one pixel a
-                      patch), latency/step and latency/capture_to_result in milliseconds, dropped frames so far
-OUTPUT/features.mp4   the frames, and beside them their patches' features as colours (three principal components)
-OUTPUT/summary.json   the summary: frames, dropped, rate, percentiles of latency, peak memory, compiling, why it ended
+                      patch), latency/step and latency/capture_to_result in milliseconds, dropped frames so far; with
+                      geometry world/camera (its pose and intrinsics; its depth below it), world/path, world/points
+OUTPUT/features.mp4   the frames, and beside them their patches' features as colours (three principal components), and
+                      depth: red is near, blue is far
+OUTPUT/summary.json   the summary: frames, dropped, rate, percentiles of latency, peak memory, compiling, why it ended;
+                      of the geometry the points, the side of their voxels, and points that could not be used
 
-All are written aside and replace those of an earlier run when this one ends; the recording and the video grow with it.
+With geometry, in metres (see `metres_per_unit`), in the first camera's axes: x right, y down, z ahead:
+
+OUTPUT/depth/000000.png                 16-bit, in millimetres as ScanNet has it; 0 is not known
+OUTPUT/depth/000000-000063.safetensors  "depth" and "confidence" float32 [frames, height, width], "index", "time"
+OUTPUT/trajectory.txt                   camera-to-world poses in TUM's format, for `evo` and others
+OUTPUT/intrinsics.json                  a 3 x 3 matrix a frame, in pixels
+OUTPUT/points.ply                       the point cloud, coloured; one point a voxel
+
+All are written aside and replace those of an earlier run; the recording, the video and the geometry's files grow with
+the stream.
 """
 
 from ml_collections import ConfigDict
@@ -48,6 +61,8 @@ def get_config() -> ConfigDict:
     config.compute_dtype = "auto"  # of the activations; auto: bfloat16 on accelerators, float32 on a CPU
     config.cache_dtype = "auto"  # of the keys and values: float32, bfloat16, int8; auto: as compute_dtype
 
+    config.geometry = _geometry()
+
     config.pca_frames = 16  # first frames that fix the colours; their pictures are drawn once all of them are there
     config.record = True  # write stream.rrd
     config.video = True  # write features.mp4
@@ -57,3 +72,32 @@ def get_config() -> ConfigDict:
     # Compiled programs, for the next start; "": none. JAX_COMPILATION_CACHE_DIR, where it is set, comes first.
     config.compilation_cache = "~/.cache/omnistream_jax/compilation"
     return config
+
+
+def _geometry() -> ConfigDict:
+    """Depth, camera and points; read only where `enabled`."""
+    geometry = ConfigDict()
+    geometry.enabled = False  # the checkpoint must have geometry heads
+    geometry.pose_source = "camera"  # camera: the camera head's; rays: solved from the ray maps
+    # Metres in a unit of the model. One trained on lengths relative to each clip knows no metres, and 1 says nothing;
+    # summary.json tells the units.
+    geometry.metres_per_unit = 1.0
+    geometry.depth_png = True  # write depth/*.png
+    geometry.depth_tensors = True  # write depth/*.safetensors: 0.4 MB a frame of 224 x 224 pixels
+    geometry.shard_frames = 64  # frames in one of them
+    geometry.trajectory = True  # write trajectory.txt
+    geometry.intrinsics = True  # write intrinsics.json
+    geometry.points = True  # collect points, and write points.ply
+    geometry.point_options = ConfigDict(
+        {
+            "voxel": 0.02,  # side of a voxel at first, metres
+            "max_points": 1_000_000,  # when there would be more, the side doubles
+            "min_confidence": 0.0,  # pixels below it are left out; the heads' confidence is 1 or more
+            "confidence_quantile": 0.0,  # in each frame, this share of the pixels is left out, the least confident
+            "every": 1,  # frames from one that gives points to the next
+            "stride": 2,  # pixels from one that gives a point to the next, along rows and columns
+        }
+    )
+    geometry.shown_every = 30  # frames from one drawing of the points in Rerun to the next; the last is always drawn
+    geometry.shown_points = 100_000  # points drawn at most, chosen by chance
+    return geometry

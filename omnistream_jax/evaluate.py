@@ -5,11 +5,9 @@ A sequence that is finished has its file of numbers, written aside and renamed, 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,13 @@ import omnistream_jax
 from omnistream_jax import config as config_lib
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError, find_directory
-from omnistream_jax.data.benchmarks.base import Benchmark, FrameSequence
+from omnistream_jax.data.benchmarks.base import Benchmark
 from omnistream_jax.data.benchmarks.registry import open_benchmark
 from omnistream_jax.evals import geometry_plots, geometry_table
 from omnistream_jax.evals.camera_pose import PoseResult, aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.depth_metrics import ALIGNMENTS
 from omnistream_jax.evals.geometry_stream import SequenceStreamer
+from omnistream_jax.evals.result_files import ResultFiles, model_fingerprint, write_json
 from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
 from omnistream_jax.geometry_model import load_geometry
 from omnistream_jax.utils.lock import WorkdirLock
@@ -45,8 +44,7 @@ class Job:
     config: ConfigDict
     benchmarks: tuple[Benchmark, ...]
     streamer: SequenceStreamer
-    settings: Mapping[str, Any]  # what the numbers of a sequence depend on
-    output: Path
+    files: ResultFiles
 
 
 def evaluate(config: ConfigDict) -> int:
@@ -63,12 +61,13 @@ def evaluate(config: ConfigDict) -> int:
         EvaluationError: out of memory, or results that cannot be written.
     """
     job = build(config)
-    with _explained(job), WorkdirLock(job.output):
-        _remember(job)
+    summary = job.files.folder / SUMMARY
+    with _explained(job), WorkdirLock(job.files.folder):
+        _remember(job.files)
         benchmarks = {benchmark.name: _evaluate_benchmark(job, benchmark) for benchmark in job.benchmarks}
-        content = {"config": config_lib.to_plain(config), "settings": job.settings, **_versions()}
-        _write(job.output / SUMMARY, content | {"benchmarks": benchmarks})
-    print(geometry_table.geometry_table(benchmarks, config.align), job.output / SUMMARY, sep="\n", flush=True)
+        content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **_versions()}
+        write_json(summary, content | {"benchmarks": benchmarks})
+    print(geometry_table.geometry_table(benchmarks, config.align), summary, sep="\n", flush=True)
     return 1 if any(each["problem"] for each in benchmarks.values()) else 0
 
 
@@ -103,34 +102,30 @@ def build(config: ConfigDict) -> Job:
     settings = {name: config[name] for name in ("align", "long_side", "window", *fields)} | {
         "time_unit": config.time_unit or model.model.config.time_unit,
         "compute_dtype": model.model.backbone.dtype.name,
-        "model": _fingerprint(find_directory(config.checkpoint)),
+        "model": model_fingerprint(find_directory(config.checkpoint)),
     }
-    return Job(config, benchmarks, streamer, settings, Path(config.output))
+    return Job(config, benchmarks, streamer, ResultFiles(Path(config.output), settings, config.plots))
 
 
 def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:
     """Every sequence, and their mean."""
-    keys = {sequence.name: _key(job, benchmark, sequence) for sequence in benchmark.sequences}
-    rows = {name: row for name, key in keys.items() if (row := _finished(job, benchmark, name, key)) is not None}
-    print(f"{benchmark.name}: {benchmark.counts().describe()}; {len(rows)} finished already", flush=True)
+    files, sequences = job.files, {sequence.name: sequence for sequence in benchmark.sequences}
+    rows = {name: files.read(benchmark, sequence) for name, sequence in sequences.items()}
+    finished = {name for name, row in rows.items() if row is not None}
+    print(f"{benchmark.name}: {benchmark.counts().describe()}; {len(finished)} finished already", flush=True)
     began = time.monotonic()
-    for result in _results(job, benchmark, skip=set(rows)):
+    for result in _results(job, benchmark, skip=finished):
         metrics = None if result.metrics is None else dataclasses.asdict(result.metrics)
-        row = {"frames": result.frames, "metrics": metrics, "problem": result.problem}
-        seconds = {"seconds": round(time.monotonic() - began, 3)}
-        rows[result.name] = row | seconds | _versions() | {"key": keys[result.name]}
-        if job.config.plots and metrics is not None:
-            path = _path(job, "plots", benchmark, result.name, ".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if files.plots and metrics is not None:
             draw = geometry_plots.plot_depth if benchmark.task == "depth" else geometry_plots.plot_trajectory
-            draw(result, path)
-        _write(_path(job, "results", benchmark, result.name, ".json"), rows[result.name])
+            draw(result, files.plot_path(benchmark, result.name))
+        row = {"frames": result.frames, "metrics": metrics, "problem": result.problem}
+        row |= {"seconds": round(time.monotonic() - began, 3), **_versions()}
+        rows[result.name] = files.write(benchmark, sequences[result.name], row)
         told = result.problem or geometry_table.line(benchmark.task, metrics)
-        print(
-            f"{benchmark.name} {result.name}: {told} ({result.frames} frames, {seconds['seconds']:.1f} s)", flush=True
-        )
+        print(f"{benchmark.name} {result.name}: {told} ({result.frames} frames, {row['seconds']:.1f} s)", flush=True)
         began = time.monotonic()
-    rows, aggregate, problem = {name: rows[name] for name in keys}, None, None
+    aggregate, problem = None, None
     try:
         aggregate = (aggregate_depth if benchmark.task == "depth" else aggregate_poses)(rows)
     except ValueError as error:
@@ -142,45 +137,9 @@ def _results(job: Job, benchmark: Benchmark, skip: set[str]) -> Iterator[DepthRe
     sizes = {"long_side": job.config.long_side, "patch": job.streamer.patch}
     if benchmark.task == "pose":
         return evaluate_camera_pose(job.streamer.cam_to_world, benchmark, skip=skip, **sizes)
-    show = _SHOWN if job.config.plots else 0
+    show = _SHOWN if job.files.plots else 0
     depth = job.streamer.depth
     return evaluate_video_depth(depth, benchmark, align=job.config.align, skip=skip, show=show, **sizes)
-
-
-# What is in the output directory
-
-
-def _path(job: Job, folder: str, benchmark: Benchmark, sequence: str, suffix: str) -> Path:
-    return job.output / folder / benchmark.name / f"{sequence}{suffix}"
-
-
-def _finished(job: Job, benchmark: Benchmark, sequence: str, key: str) -> dict[str, Any] | None:
-    """The numbers of a sequence if they are there, with the picture that is asked for, and made of the same things."""
-    if job.config.plots and not _path(job, "plots", benchmark, sequence, ".png").exists():
-        return None
-    with contextlib.suppress(FileNotFoundError, ValueError):  # not JSON: not by us, made anew
-        row = json.loads(_path(job, "results", benchmark, sequence, ".json").read_text(encoding="utf-8"))
-        if isinstance(row, dict) and row.get("key") == key and row.get("problem") is None:
-            return row
-    return None
-
-
-def _key(job: Job, benchmark: Benchmark, sequence: FrameSequence) -> str:
-    """sha256 of what the numbers of a sequence depend on: settings, rules, names and sizes of its files, poses."""
-    paths = (*sequence.frame_paths, *getattr(sequence, "depth_paths", ()))
-    poses = hashlib.sha256(sequence.cam_to_world.tobytes()).hexdigest() if benchmark.task == "pose" else None
-    rules = {name: benchmark.settings()[name] for name in ("task", "max_depth", "clip_max", "frames_by")}
-    parts = [job.settings, rules, [[path.name, path.stat().st_size] for path in paths], poses]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(directory: Path) -> str:
-    """sha256 of a model directory's configurations and weights, names and contents."""
-    digest = hashlib.sha256()
-    for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, Any]:
@@ -188,28 +147,21 @@ def _versions() -> dict[str, Any]:
     return {"versions": versions, "device": jax.devices()[0].device_kind}
 
 
-def _remember(job: Job) -> None:
+def _remember(files: ResultFiles) -> None:
     """Keep the settings in the output directory, and refuse others there."""
-    path = job.output / SETTINGS
+    path = files.folder / SETTINGS
     if not path.exists():
-        _write(path, job.settings)
+        write_json(path, files.settings)
         return
     try:
-        lines = config_lib.diff(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(job.settings)))
+        lines = config_lib.diff(json.loads(path.read_text(encoding="utf-8")), files.settings)
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read as the settings of an earlier run") from error
     if lines:
         raise ConfigError(
-            f"output: {job.output} holds results of other settings; use those, or another directory:\n  "
+            f"output: {files.folder} holds results of other settings; use those, or another directory:\n  "
             + "\n  ".join(lines)
         )
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 @contextlib.contextmanager
@@ -218,7 +170,7 @@ def _explained(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EvaluationError(f"{job.output}: the evaluation cannot go on ({error})") from error
+        raise EvaluationError(f"{job.files.folder}: the evaluation cannot go on ({error})") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from safetensors.numpy import save_file
 
 from omnistream_jax import model as model_lib
 from omnistream_jax.convert.files import WeightsError, find_directory, read_json, read_tensor_file
@@ -23,6 +22,7 @@ from omnistream_jax.model import Frames, Model
 from omnistream_jax.models.backbone import BackboneOutput
 from omnistream_jax.models.geometry import GeometryConfig, GeometryHeads
 from omnistream_jax.stream import Stream
+from omnistream_jax.utils.tensor_file import write_tensors
 from omnistream_jax.utils.trees import describe, named_leaves, nest
 
 CONFIG_NAME, WEIGHTS_NAME = "geometry.json", "geometry.safetensors"
@@ -52,8 +52,7 @@ class Reconstruction:
 
     def cameras_from_rays(self) -> tuple[jax.Array, jax.Array]:
         """cam_to_world and intrinsics solved from the ray maps instead; any principal point."""
-        height, width = self.depth.shape[2:]
-        return camera_from_rays(self.rays, height, width, self.ray_confidence)
+        return _solve_cameras(self.rays, self.ray_confidence, *self.depth.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,11 @@ class GeometryModel:
             frames: [B, T, H, W, 3] RGB as for `Model.encode`.
             time_unit: as for `Model.encode`.
         """
-        out = self.model.encode(frames, time_unit=time_unit, **self._reads(*np.shape(frames)[:1], *frames.shape[2:4]))
-        return self._geometry(out, *frames.shape[2:4])
+        shape = np.shape(frames)
+        # Other shapes are refused by `encode`, in its words.
+        batch, height, width = (shape[0], *shape[2:4]) if len(shape) == 5 else (1, 1, 1)
+        out = self.model.encode(frames, time_unit=time_unit, **self._reads(batch, height, width))
+        return self._geometry(out, height, width)
 
     def open_stream(self, batch: int = 1, height: int = 224, width: int = 224, **options: Any) -> Stream:
         """As `Model.open_stream`, which names the options; `layers`, `camera_token` and `aspect_ratio` are set here."""
@@ -100,14 +102,14 @@ class GeometryModel:
         directory, leaves = Path(directory), named_leaves(dict(self.params))
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as aside:
             weights, text = Path(aside) / WEIGHTS_NAME, Path(aside) / CONFIG_NAME
-            save_file({name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}, weights)
+            write_tensors(weights, {name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()})
             text.write_text(json.dumps(dataclasses.asdict(self.heads.config), indent=2) + "\n", encoding="utf-8")
             os.replace(weights, directory / WEIGHTS_NAME)
             os.replace(text, directory / CONFIG_NAME)
 
     def _reads(self, batch: int, height: int, width: int) -> dict[str, Any]:
-        """What the heads need of the backbone, as arguments of `encode` and `open_stream`."""
-        ratio = np.full(batch, height / width, np.float32)
+        """What the heads need of the backbone, as arguments of `encode` and `open_stream`, which check the sizes."""
+        ratio = np.full(batch, height / width if width else np.nan, np.float32)
         return {"layers": self.heads.config.layers, "camera_token": True, "aspect_ratio": ratio}
 
     def _geometry(self, out: BackboneOutput, height: int, width: int) -> Reconstruction:
@@ -148,13 +150,14 @@ def _read_config(path: Path, depth: int) -> GeometryConfig:
     fields = {field.name for field in dataclasses.fields(GeometryConfig)}
     if set(content) != fields:
         raise WeightsError(f"{path}: expected the keys {sorted(fields)}, got {sorted(content)}")
+    for name, value in content.items():
+        numbers = value if name in ("layers", "out_channels") else [] if name == "units" else [value]
+        if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+            raise WeightsError(f"{path}: {name}: expected whole numbers, got {value!r}")
     try:
-        values = {
-            name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-            for name, value in content.items()
-        }
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
         config = GeometryConfig(**values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
     if max(config.layers) >= depth:
         raise WeightsError(f"{path}: layers: the backbone has {depth} blocks, got {config.layers}")
@@ -177,6 +180,11 @@ def _check(path: Path, tensors: Mapping[str, np.ndarray], heads: GeometryHeads) 
     ]
     if problems:
         raise WeightsError(f"{path}: " + "; ".join(problems))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _solve_cameras(rays: jax.Array, confidence: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+    return camera_from_rays(rays, height, width, confidence)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

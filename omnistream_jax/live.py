@@ -1,6 +1,6 @@
-"""Live: frames of a file, a webcam or a network stream through the model as they come, with pictures of the features.
+"""Live: frames of a file, a webcam or a network stream through the model as they come: features, and geometry.
 
-One thread reads (data/live_source.py); this one steps the model and draws (live_view.py).
+One thread reads (data/live_source.py); this one steps the model (live_geometry.py), writes and draws (live_view.py).
 """
 
 import contextlib
@@ -22,13 +22,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from omnistream_jax import model as model_lib
+from omnistream_jax import live_geometry
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.live_source import LiveOptions, LiveReader, Source, find_source
-from omnistream_jax.live_view import RECORDING, VIDEO, Drawing, LiveError, Result, import_rerun
+from omnistream_jax.geometry_model import GeometryModel
+from omnistream_jax.live_geometry import GeometryRecording
+from omnistream_jax.live_rerun import import_rerun
+from omnistream_jax.live_result import Geometry, LiveError, Result
+from omnistream_jax.live_view import RECORDING, VIDEO, Drawing
 from omnistream_jax.model import Model
+from omnistream_jax.reconstruction.files import ReconstructionError
 from omnistream_jax.stream import Stream
 from omnistream_jax.utils.compilation import CompileCounter, Compiled
 from omnistream_jax.utils.lock import WorkdirLock
@@ -43,7 +48,7 @@ class Job:
     """What stays the same during a run."""
 
     config: ConfigDict
-    model: Model
+    model: Model | GeometryModel
     source: Source
     reading: LiveOptions
     output: Path
@@ -51,15 +56,25 @@ class Job:
     def open_stream(self) -> Stream:
         """The stream before its first frame."""
         config = self.config
-        return self.model.open_stream(
-            1,
+        return live_geometry.open_stream(
+            self.model,
             config.height,
             config.width,
             window=config.window or None,
             sinks=config.sinks,
-            layers=(),
             cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
         )
+
+    def step(self, stream: Stream, pixels: np.ndarray) -> tuple[np.ndarray, Geometry | None, Stream]:
+        """See `live_geometry.step`."""
+        return live_geometry.step(self.model, stream, pixels, self.config.geometry.pose_source)
+
+    def open_recording(self) -> GeometryRecording | None:
+        """What writes the geometry; None where none is asked for."""
+        if not isinstance(self.model, GeometryModel):
+            return None
+        drawn = self.config.record or self.config.viewer
+        return GeometryRecording(self.config.geometry, self.output, self.model.heads.config.units, drawn=drawn)
 
 
 def stream(config: ConfigDict) -> None:
@@ -68,9 +83,9 @@ def stream(config: ConfigDict) -> None:
     Raises:
         ConfigError: a field does not fit.
         DataError: the source cannot be opened or read on; what was read until then is written.
-        WeightsError: the checkpoint cannot be read.
+        WeightsError: the checkpoint cannot be read, or lacks the geometry heads that are asked for.
         WorkdirLockedError: another run works in `config.output`.
-        LiveError: out of memory, features that are not finite, or files that cannot be written.
+        LiveError: out of memory, features that are not finite, a camera that is none, or files that cannot be written.
     """
     with _stop_on_signals() as stop, CompileCounter() as compiled:
         job = build(config)
@@ -79,16 +94,17 @@ def stream(config: ConfigDict) -> None:
                 _warm_up(job)
             _say(f"{compiled.total}; reading {job.source.address}")
             with LiveReader(job.source, job.reading, stop) as reader:
-                tally, ended = Tally(config.log_seconds), "an error"
+                tally, recording, ended = Tally(config.log_seconds), job.open_recording(), "an error"
                 try:
-                    with Drawing(job.output, **{name: config[name] for name in _DRAWN}) as drawing:
-                        ended = _run(job, reader, stop, tally, drawing)
-                except (DataError, LiveError) as error:
+                    drawn = {name: config[name] for name in _DRAWN}
+                    with Drawing(job.output, **drawn) as drawing, recording or contextlib.nullcontext():
+                        ended = _run(job, reader, stop, tally, drawing, recording)
+                except (DataError, LiveError, ReconstructionError) as error:
                     ended = str(error)
                     raise
                 finally:
                     counts = {"ended": ended, "dropped": reader.dropped, "damaged": reader.damaged}
-                    _finish(job, counts | tally.summary(compiled.total))
+                    _finish(job, counts | tally.summary(compiled.total), recording)
 
 
 def build(config: ConfigDict) -> Job:
@@ -110,10 +126,9 @@ def build(config: ConfigDict) -> Job:
     source = find_source(config.input)
     try:
         reading.check(source)
-        dtype = None if config.compute_dtype == "auto" else config.compute_dtype
-        model = model_lib.load(config.checkpoint, dtype=dtype)
-        job = Job(config, model, source, reading, Path(config.output))
+        job = Job(config, live_geometry.load(config), source, reading, Path(config.output))
         job.open_stream()
+        job.open_recording()
     except WeightsError:
         raise
     except ValueError as error:
@@ -123,27 +138,39 @@ def build(config: ConfigDict) -> Job:
 
 def _warm_up(job: Job) -> None:
     """Compile before the first frame comes. The second step is the first with a cache that a step has made."""
-    state, frames = job.open_stream(), np.zeros((1, 1, job.config.height, job.config.width, 3), np.uint8)
+    state, pixels = job.open_stream(), np.zeros((job.config.height, job.config.width, 3), np.uint8)
     for _ in range(2):
-        out, state = job.model.step(state, frames)
-    jax.block_until_ready(out)
+        *_, state = job.step(state, pixels)
 
 
-def _run(job: Job, reader: LiveReader, stop: threading.Event, tally: "Tally", drawing: Drawing) -> str:
+def _run(
+    job: Job,
+    reader: LiveReader,
+    stop: threading.Event,
+    tally: "Tally",
+    drawing: Drawing,
+    recording: GeometryRecording | None,
+) -> str:
     """Every frame through the model; why it ended."""
     state = job.open_stream()
-    for frame in reader:
-        began = time.monotonic()
-        out, state = job.model.step(state, frame.pixels[None, None])
-        patches = np.asarray(out.patches)[0, 0]
-        done = time.monotonic()
-        latency = None if frame.captured is None else done - frame.captured
-        result = Result(tally.frames, frame, patches, done - began, latency, reader.dropped)
-        tally.add(result)
-        drawing.show(result)
-        if tally.frames == job.config.max_frames:
-            return "max_frames"
-    return "stopped" if stop.is_set() else "end of the input"
+    try:
+        for frame in reader:
+            began = time.monotonic()
+            patches, geometry, state = job.step(state, frame.pixels)
+            done = time.monotonic()
+            latency = None if frame.captured is None else done - frame.captured
+            result = Result(tally.frames, frame, patches, geometry, done - began, latency, reader.dropped)
+            result.check()
+            if recording is not None:
+                result = recording.add(result)
+            tally.add(result)
+            drawing.show(result)
+            if tally.frames == job.config.max_frames:
+                return "max_frames"
+        return "stopped" if stop.is_set() else "end of the input"
+    finally:
+        if recording is not None:
+            drawing.end_with(recording.last_points())
 
 
 class Tally:
@@ -193,10 +220,11 @@ class Tally:
         }
 
 
-def _finish(job: Job, summary: dict[str, Any]) -> None:
+def _finish(job: Job, summary: dict[str, Any], recording: GeometryRecording | None) -> None:
     """Write the summary, and tell it."""
-    files = [name for name, on in ((RECORDING, job.config.record), (VIDEO, job.config.video)) if on]
-    summary["files"] = [name for name in files if summary["frames"]]
+    drawn = [name for name, on in ((RECORDING, job.config.record), (VIDEO, job.config.video)) if on]
+    files = [name for name in drawn if summary["frames"]] + (recording.files if recording is not None else [])
+    summary |= {"geometry": None if recording is None else recording.summary(), "files": files}
     aside = job.output / f"{SUMMARY}.tmp"
     aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     aside.replace(job.output / SUMMARY)
@@ -209,6 +237,8 @@ def _finish(job: Job, summary: dict[str, Any]) -> None:
         values = [f"{key} {value:.1f}" for key, value in summary[f"{name}_ms"].items() if value is not None]
         if values:
             _say(f"{name.replace('_', ' '):<18} {'  '.join(values)} ms")
+    if recording is not None:
+        _say(str(recording))
     memory = {name: size for name, size in summary["peak_memory_bytes"].items() if size}
     _say("peak memory        " + "  ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items()))
     _say(f"{Compiled(**summary['compiled'])}\n" + "\n".join(str(job.output / name) for name in [*files, SUMMARY]))
@@ -240,6 +270,8 @@ def _explained(job: Job) -> Iterator[None]:
     """What can go wrong outside the program as a LiveError."""
     try:
         yield
+    except ReconstructionError as error:
+        raise LiveError(str(error)) from error
     except (OSError, av.FFmpegError) as error:
         raise LiveError(f"{job.output}: cannot be written ({error})") from error
     except jax.errors.JaxRuntimeError as error:

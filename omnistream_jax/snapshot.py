@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from omnistream_jax.model import Model
 from omnistream_jax.ops.cache import CACHE_DTYPES, BlockCache, empty_cache
 from omnistream_jax.stream import Stream, StreamOptions, StreamState, with_room
+from omnistream_jax.utils.tensor_file import write_tensors
 from omnistream_jax.utils.trees import describe, fingerprint, named_leaves
 
 _VERSION = 1
@@ -61,11 +61,10 @@ class Snapshot:
             "options": {name: options[name] for name in _OPTIONS},
             "sizes": _sizes(self.cache),
         }
-        tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(self.cache).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
             aside = Path(folder) / path.name
-            save_file(tensors, aside, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+            write_tensors(aside, named_leaves(self.cache), {_HEADER: json.dumps(header, sort_keys=True)})
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(aside, path)

@@ -11,6 +11,7 @@ from omnistream_jax.convert.depth_anything3 import convert_dual_dpt, dual_dpt_te
 from omnistream_jax.models.dpt import DualDPT, default_layers, resize_linear, uv_tables
 
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in a third of the time
 SMALL = DualDPT(patch_size=16, features=8, out_channels=(4, 8, 4, 8))
 
 
@@ -50,7 +51,8 @@ def test_head_agrees_with_depth_anything_3_in_values_and_gradients(golden):
         outputs = their_outputs(head.apply({"params": params}, features, golden.meta["H"], golden.meta["W"]))
         return sum(jnp.sum(outputs[name] * golden.cotangents[name]) for name in outputs), outputs
 
-    (value, outputs), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, features)
+    differentiate = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=QUICK)
+    (value, outputs), gradients = differentiate(params, features)
     assert outputs.keys() == golden.outputs.keys()
     errors = {name: relative_error(outputs[name], expected) for name, expected in golden.outputs.items()}
     assert max(errors.values()) <= TOLERANCE, errors
@@ -91,34 +93,24 @@ def test_head_starts_near_depth_one_and_rays_zero_on_a_tall_image():
     """Three rows of one patch: the coarsest level has an odd height, and a single column."""
     random = np.random.default_rng(0)
     features = [random.normal(size=(2, 2, 3, 1, 12)).astype(np.float32) for _ in range(4)]
-    key = jax.random.key(0, impl="rbg")  # a third of the time to compile
-    params = jax.jit(SMALL.init, static_argnums=(2, 3))(key, features, 48, 16)["params"]
-    apply = jax.jit(SMALL.apply, static_argnums=(2, 3))
-    maps = apply({"params": params}, features, 48, 16)
+    start = jax.jit(SMALL.init_with_output, static_argnums=(2, 3), compiler_options=QUICK)
+    maps, _ = start(jax.random.key(0), features, 48, 16)
     assert maps.depth.shape == maps.depth_confidence.shape == (2, 2, 48, 16)
     assert maps.rays.shape == (2, 2, 24, 8, 6)
     assert maps.ray_confidence.shape == (2, 2, 24, 8)
-    starts = {"depth": 1, "depth_confidence": 2, "rays": 0, "ray_confidence": 2}
-    for name, start in starts.items():
-        np.testing.assert_allclose(getattr(maps, name), start, atol=0.1, err_msg=name)
+    for name, value in {"depth": 1, "depth_confidence": 2, "rays": 0, "ray_confidence": 2}.items():
+        np.testing.assert_allclose(getattr(maps, name), value, atol=0.1, err_msg=name)
         assert np.std(getattr(maps, name)) > 1e-4, name  # the features count from the start
-
-    others = [level.copy() for level in features]
-    for level in others:
-        level[0, 1] += 1
-    moved = apply({"params": params}, others, 48, 16)
-    same = np.array([[True, False], [True, True]])
-    for name in starts:
-        before, after = getattr(maps, name), getattr(moved, name)
-        np.testing.assert_array_equal(before[same], after[same], err_msg=name)
-        assert np.all(np.any(before[~same] != after[~same], axis=(1, 2))), name
 
 
 def test_bfloat16_head_has_float32_params_and_maps_near_those_of_float32(golden):
     head, params, features = golden_head(golden, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), features, 32, 48))["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
-    maps = jax.jit(lambda features: their_outputs(head.apply({"params": params}, features, 32, 48)))(features)
+    apply = jax.jit(
+        lambda features: their_outputs(head.apply({"params": params}, features, 32, 48)), compiler_options=QUICK
+    )
+    maps = apply(features)
     for name, expected in golden.outputs.items():
         assert maps[name].dtype == jnp.float32
         assert 1e-4 < relative_error(maps[name], expected) < 5e-2, name

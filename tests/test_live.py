@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from backbone_cases import random_model
 from clip_cases import decode_plainly, real_frames, write_clip
+from live_cases import CONFIG, REPOSITORY, command, environment, recorded, summary_of, video_frames
 
 import omnistream_jax
 from omnistream_jax import config as config_lib
@@ -28,8 +29,6 @@ from omnistream_jax.data.live_source import LiveOptions, find_source
 from omnistream_jax.evals.pca import fit_colours
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIG = str(REPOSITORY / "configs" / "stream.py")
 HEIGHT, WIDTH, FRAMES = 32, 48, 12
 SMALL = {"height": HEIGHT, "width": WIDTH, "resize": "stretch", "window": 16, "pca_frames": 5}
 
@@ -76,29 +75,6 @@ def slow_step(monkeypatch):
         return step(self, stream, frames)
 
     monkeypatch.setattr(model_lib.Model, "step", slow)
-
-
-def summary_of(output):
-    return json.loads((output / live.SUMMARY).read_text())
-
-
-def recorded(path, entity: str, column: str):
-    """A column of a recording and its "frame" and "time", in seconds."""
-    chunk_lib = pytest.importorskip("rerun.chunk")
-    rows = []
-    for chunk in chunk_lib.RrdReader(path).stream():
-        if chunk.entity_path == entity:
-            batch = chunk.to_record_batch()
-            stamps = batch.column("time").cast("int64").to_pylist()
-            rows += zip(batch.column("frame").to_pylist(), stamps, batch.column(column).to_pylist(), strict=True)
-    rows.sort(key=lambda row: row[0])
-    return [row[0] for row in rows], [row[1] / 1e9 for row in rows], [row[2][0] for row in rows]
-
-
-def video_frames(path) -> tuple[np.ndarray, list[float]]:
-    with av.open(str(path)) as container:
-        frames = list(container.decode(video=0))
-    return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), [frame.time for frame in frames]
 
 
 def options(**changes):
@@ -246,18 +222,6 @@ def test_a_file_damaged_in_the_middle_leaves_what_came_before(config_for, tmp_pa
     assert len(recorded(tmp_path / "out" / live_view.RECORDING, "/features", "Image:buffer")[0]) == summary["frames"]
 
 
-def command(config) -> list[str]:
-    fields = {name: value for name, value in config.items() if name not in ("job", "name")}
-    return [
-        *(sys.executable, "-m", "omnistream_jax.main", f"--config={CONFIG}"),
-        *(f"--config.{name}={value}" for name, value in fields.items()),
-    ]
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-
-
 def test_ctrl_c_ends_a_run_in_order(config_for, tmp_path):
     source = write_clip(tmp_path / "slow.mp4", real_frames(1, 40), rate=2)  # 20 s
     fields = {"input": str(source), "realtime": True, "log_seconds": 0.1, "compilation_cache": str(tmp_path / "cache")}
@@ -339,7 +303,7 @@ def test_features_that_are_not_finite_are_an_error_and_not_a_picture(config_for,
     model = omnistream_jax.load(checkpoint)
     model.params["patch_bias"] = model.params["patch_bias"] * np.nan
     model.save(tmp_path / "model")
-    with pytest.raises(live_view.LiveError, match="features of frame 0 are not finite"):
+    with pytest.raises(live.LiveError, match="features of frame 0 are not finite"):
         live.stream(config_for(tmp_path / "out", checkpoint=str(tmp_path / "model")))
     assert "not finite" in summary_of(tmp_path / "out")["ended"]
 
@@ -435,7 +399,7 @@ def test_a_viewer_that_cannot_be_started_is_one_clear_error(config_for, tmp_path
 
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(rerun, "spawn", fail)
-    with pytest.raises(live_view.LiveError, match=r"^viewer: no viewer in PATH$"):
+    with pytest.raises(live.LiveError, match=r"^viewer: no viewer in PATH$"):
         live.stream(config_for(tmp_path, viewer=True))
 
 

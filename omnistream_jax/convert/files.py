@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from omnistream_jax.utils.tensor_file import write_tensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -118,7 +119,7 @@ def write_directory(directory: str | os.PathLike, config: Mapping[str, Any], ten
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as aside:
         weights, text = Path(aside) / WEIGHTS_NAME, Path(aside) / CONFIG_NAME
-        save_file(dict(tensors), weights, metadata={"format": "pt"})
+        write_tensors(weights, tensors, {"format": "pt"})
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(weights, directory / WEIGHTS_NAME)
         os.replace(text, directory / CONFIG_NAME)

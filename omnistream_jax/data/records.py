@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -37,10 +36,11 @@ import numpy as np
 from PIL import Image
 from safetensors import numpy as safetensors
 
+from omnistream_jax.data.command import UsageError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.images import MAX_PIXELS
+from omnistream_jax.data.record_bytes import pack, unpack
 from omnistream_jax.data.schema import PosedFrame
-from omnistream_jax.data.shard_index import FORMAT
 
 DEPTH_ERROR = 1e-4
 """Largest relative error of a stored depth."""
@@ -65,6 +65,13 @@ class ImageOptions:
     format: ImageFormat = "jpeg"
     quality: int = 95
     short_side: int = 512
+
+    def check(self) -> None:
+        """Raises UsageError for values that make no sense."""
+        if self.short_side < 0:
+            raise UsageError(f"short_side: expected a number of pixels, or 0 to keep it, got {self.short_side}")
+        if not 1 <= self.quality <= 95:
+            raise UsageError(f"quality: expected 1 to 95, got {self.quality}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +137,6 @@ def encode_record(
     depths = [encode_depth(frame.depth, frame.sky) for frame in frames]
     unknown = np.full((4, 4), np.nan, np.float32)
     header = {
-        "format": FORMAT,
         "source": source,
         "sequence": sequence,
         "paths": list(paths),
@@ -138,26 +144,22 @@ def encode_record(
     }
     poses = [unknown if frame.cam_to_world is None else frame.cam_to_world for frame in frames]
     tensors = {
-        # Not in safetensors' own metadata, whose order of keys is left to chance.
-        "header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8),
         "intrinsics": np.stack([frame.intrinsics for frame in frames]).astype(np.float32),
         "cam_to_world": np.stack(poses).astype(np.float32),
     }
-    tensors["images"], tensors["image_ends"] = _join([_write_image(frame.image, options) for frame in frames])
+    tensors["images"], tensors["image_ends"] = _join([image_file(frame.image, options) for frame in frames])
     tensors["depths"], tensors["depth_ends"] = _join([data for data, _ in depths])
-    return safetensors.save(tensors)
+    return pack(header, tensors)
 
 
 def decode_record(data: bytes, where: str) -> Record:
     """Reads a record; no image is decoded yet. Raises DataError, naming `where`, for bytes that are none."""
-    try:
-        tensors = safetensors.load(data)
-        header = json.loads(tensors["header"].tobytes())
-        if header["format"] != FORMAT:
-            raise ValueError(f"its format is {header['format']}, expected {FORMAT}")
-        return Record(tuple(header["paths"]), tuple(header["depth"]), tensors)
-    except Exception as error:
-        raise DataError(f"{where}: expected a record of prepared frames, but reading it failed ({error})") from error
+    return unpack(
+        data,
+        where,
+        "prepared frames",
+        lambda header, tensors: Record(tuple(header["paths"]), tuple(header["depth"]), tensors),
+    )
 
 
 def encode_neighbours(neighbours: Sequence[Sequence[int]]) -> bytes:
@@ -251,9 +253,8 @@ def scaled(frame: PosedFrame, short_side: int) -> PosedFrame:
     height, width = frame.image.shape[:2]
     if not short_side or min(height, width) <= short_side:
         return frame
-    factor = short_side / min(height, width)
-    new_height, new_width = round(height * factor), round(width * factor)
-    image = Image.fromarray(frame.image).resize((new_width, new_height), Image.Resampling.LANCZOS)
+    image = scaled_image(frame.image, short_side)
+    new_height, new_width = image.shape[:2]
     intrinsics = np.diag([new_width / width, new_height / height, 1.0]) @ frame.intrinsics.astype(np.float64)
     rows = (2 * np.arange(new_height) + 1) * height // (2 * new_height)
     columns = (2 * np.arange(new_width) + 1) * width // (2 * new_width)
@@ -266,8 +267,26 @@ def scaled(frame: PosedFrame, short_side: int) -> PosedFrame:
             depth[sky] = 0
         valid = depth > 0
     return dataclasses.replace(
-        frame, image=np.asarray(image), intrinsics=intrinsics.astype(np.float32), depth=depth, valid=valid, sky=sky
+        frame, image=image, intrinsics=intrinsics.astype(np.float32), depth=depth, valid=valid, sky=sky
     )
+
+
+def scaled_image(image: np.ndarray, short_side: int) -> np.ndarray:
+    """uint8 [H, W, 3] resized to a short side in pixels."""
+    height, width = image.shape[:2]
+    factor = short_side / min(height, width)
+    size = round(width * factor), round(height * factor)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def image_file(image: np.ndarray, options: ImageOptions) -> bytes:
+    """A picture uint8 [H, W, 3] as a JPEG or PNG file. Raises OSError where the format cannot hold it."""
+    buffer = io.BytesIO()
+    if options.format == "png":
+        Image.fromarray(image).save(buffer, "png", compress_level=3)
+    else:
+        Image.fromarray(image).save(buffer, "jpeg", quality=options.quality, subsampling="4:2:0")
+    return buffer.getvalue()
 
 
 def _scaled_depth(depth: np.ndarray, at_centres: tuple, size: tuple[int, int]) -> np.ndarray:
@@ -282,15 +301,6 @@ def _scaled_depth(depth: np.ndarray, at_centres: tuple, size: tuple[int, int]) -
 
 def _join(parts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(parts), np.uint8), np.cumsum([len(part) for part in parts], dtype=np.int64)
-
-
-def _write_image(image: np.ndarray, options: ImageOptions) -> bytes:
-    buffer = io.BytesIO()
-    if options.format == "png":
-        Image.fromarray(image).save(buffer, "png", compress_level=3)
-    else:
-        Image.fromarray(image).save(buffer, "jpeg", quality=options.quality, subsampling="4:2:0")
-    return buffer.getvalue()
 
 
 def _read_image(data: bytes) -> np.ndarray:

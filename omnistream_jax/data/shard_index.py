@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -20,7 +22,9 @@ from omnistream_jax.data.worker_pool import map_in_processes
 
 FORMAT = 1
 INDEX, SETTINGS = "index.json", "settings.json"
-POSED, VIDEOS = "posed", "videos"
+POSED, VIDEOS, IMAGES, CAPTIONS = "posed", "videos", "images", "captions"
+PREPARED = {POSED: "prepared", VIDEOS: "prepared_videos", IMAGES: "prepared_images", CAPTIONS: "prepared_captions"}
+"""kind -> the name under which the registry has its shards."""
 
 _OPEN_SHARDS = 64  # of a process; each is an open file
 
@@ -30,7 +34,7 @@ def read_index(output: Path, kind: str | None = None) -> dict[str, Any]:
 
     Args:
       output: the folder that was the output of the preparation.
-      kind: POSED or VIDEOS; None takes both.
+      kind: one of PREPARED; None takes any.
 
     Raises:
       DataError: there is no index, or one of another version or kind.
@@ -44,7 +48,7 @@ def read_index(output: Path, kind: str | None = None) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DataError(f"{path}: expected an index of format {FORMAT}, as data.prepare writes it")
     if kind is not None and index.get("kind") != kind:
-        name = {POSED: "prepared", VIDEOS: "prepared_videos"}.get(index.get("kind"))
+        name = PREPARED.get(index.get("kind"))
         other = f"; open it as dataset {name}" if name else ""
         raise DataError(f"{path}: is of the kind {index.get('kind')!r}, expected {kind!r}{other}")
     return index
@@ -64,6 +68,43 @@ def open_index(root: Path, split: str, kind: str) -> tuple[dict[str, Any], tuple
     if missing:
         raise DataError(f"{root / missing[0]}: there is no such file; the index names {len(missing)} that are missing")
     return index, shards
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShardRecords:
+    """The records of finished shards, numbered over all of them. A shard is opened when one of it is first read.
+
+    Attributes:
+      root: the folder that was the output of the preparation.
+      shards: (file, records) of each.
+    """
+
+    root: Path
+    shards: tuple[tuple[str, int], ...]
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.shards)
+
+    def place(self, index: int) -> tuple[str, int, int]:
+        """The shard that holds a record, how many records it has, and which of them it is."""
+        index = range(len(self))[index]  # an IndexError beyond the end
+        shard = bisect.bisect_right(self._ends, index)
+        file, count = self.shards[shard]
+        return str(self.root / file), count, index - (self._ends[shard] - count)
+
+    def describe(self, index: int) -> str:
+        """For messages."""
+        path, _, position = self.place(index)
+        return f"{path}, record {position}"
+
+    def read(self, index: int) -> bytes:
+        """A record. Raises DataError where its shard is damaged."""
+        return read_record(*self.place(index))
+
+    @functools.cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Of each shard, the index after its last record."""
+        return tuple(itertools.accumulate(count for _, count in self.shards))
 
 
 def read_record(path: str, count: int, position: int) -> bytes:

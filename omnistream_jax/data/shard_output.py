@@ -1,21 +1,22 @@
 """What all preparations share: a folder of ArrayRecord shards that a run which was killed goes on with.
 
     OUTPUT/settings.json              what the shards depend on; another run with others is refused
-    OUTPUT/plan.json                  what goes into them, listed once, each with its "name"
+    OUTPUT/plan.json                  what goes into them, listed once, each with its "name"; of pictures a digest
     OUTPUT/shards/00000.array_record  records, group_size:1
     OUTPUT/shards/00000.json          what is in it, its sha256, what was skipped and why; written after it
     OUTPUT/index.json                 all of those together; written when all shards are
 
-`shards.py` and `video_shards.py` say what the records are.
+`shards.py`, `video_shards.py` and `picture_shards.py` say what the records are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,29 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from omnistream_jax.data.command import UsageError
 from omnistream_jax.data.errors import DataError
-from omnistream_jax.data.shard_index import FORMAT, SETTINGS, read_json, sha256, write_json
-from omnistream_jax.data.source_check import Skipped
+from omnistream_jax.data.shard_index import FORMAT, INDEX, SETTINGS, read_json, sha256, write_json
+from omnistream_jax.data.source_check import NamedSource, Skipped
 from omnistream_jax.data.worker_pool import map_in_processes
 from omnistream_jax.utils.lock import WorkdirLock
 from omnistream_jax.utils.progress import Progress
 
+_PLAN = "plan.json"
 _SAY_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSettings:
+    """Which data set the shards are of; what else they depend on is added by kind.
+
+    Attributes:
+      dataset: its name in the registry.
+      split: as the data set calls it.
+      options: further arguments of its reader.
+    """
+
+    dataset: str
+    split: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ShardWriter:
@@ -109,7 +126,7 @@ def kept_plan(
     Raises:
       UsageError: the earlier run found others.
     """
-    path = output / "plan.json"
+    path = output / _PLAN
     if not path.exists():
         plan = make()
         write_json(path, plan)
@@ -123,6 +140,35 @@ def kept_plan(
             "use that source, or another folder"
         )
     return plan
+
+
+def keep_names(output: Path, names: Iterable[str], labels: Sequence[str], noun: str) -> None:
+    """Remembers by their digest what goes into the shards, where it may be millions.
+
+    Args:
+      output: the folder.
+      names: of all items of the source, in order.
+      labels: the names of its classes.
+      noun: what messages call the items.
+
+    Raises:
+      UsageError: an earlier run found others.
+    """
+    digest, count = hashlib.sha256(), 0
+    for name in names:
+        digest.update(json.dumps(name).encode() + b"\n")  # as JSON: a name may hold what UTF-8 cannot
+        count += 1
+    path, ours = output / _PLAN, {"count": count, "names_sha256": digest.hexdigest(), "labels": list(labels)}
+    if not path.exists():
+        write_json(path, ours)
+        return
+    stored = read_json(path)
+    if stored != ours:
+        what = "labels" if stored.get("names_sha256") == ours["names_sha256"] else "names"
+        raise UsageError(
+            f"output: {output} was begun from a source of {stored.get('count')} {noun}; there are {count} now, with "
+            f"other {what}: use that source, or another folder"
+        )
 
 
 def write_missing(output: Path, write: WriteShard, sizes: Sequence[int], workers: int) -> None:
@@ -184,7 +230,7 @@ def finished_shard(output: Path, shard: int) -> dict[str, Any] | None:
     return content if file.exists() and file.stat().st_size == content["bytes"] else None
 
 
-def finished_contents(output: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Skipped]:
+def _finished_contents(output: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Skipped]:
     """Of `count` finished shards: what is in those with records, their lines in the index, and all that was skipped."""
     contents, lines, skipped = [], [], Skipped()
     for shard in range(count):
@@ -194,3 +240,46 @@ def finished_contents(output: Path, count: int) -> tuple[list[dict[str, Any]], l
             contents.append(content)
             lines.append({name: content[name] for name in ("file", "records", "bytes", "sha256")})
     return contents, lines, skipped
+
+
+def write_index(
+    output: Path,
+    kind: str,
+    source: NamedSource,
+    settings: SourceSettings,
+    shards: int,
+    noun: str,
+    told: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Writes the index of finished shards.
+
+    Args:
+      output: the folder.
+      kind: one of `shard_index.PREPARED`.
+      source: what was prepared.
+      settings: of the preparation.
+      shards: how many there are, with those without records.
+      noun: what messages call a frame or an item of the source.
+      told: what the index tells besides, by the contents of the shards that have records.
+
+    Returns:
+      The index.
+
+    Raises:
+      DataError: nothing could be read.
+    """
+    contents, lines, skipped = _finished_contents(output, shards)
+    if not lines:
+        raise DataError(f"{source.root}: no {noun} could be read; " + "; ".join(skipped.lines()))
+    index = {
+        "format": FORMAT,
+        "kind": kind,
+        "source": source.reader.name,
+        "dataset": settings.dataset,
+        "split": settings.split,
+        "shards": lines,
+        "skipped": skipped.reasons,
+        **told(contents),
+    }
+    write_json(output / INDEX, index)
+    return index

@@ -8,7 +8,7 @@ timing, workers, the place of the source, or earlier runs that were killed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,29 @@ from omnistream_jax.data.command import UsageError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.records import ImageOptions
 from omnistream_jax.data.schema import PosedFrame
-from omnistream_jax.data.shard_index import FORMAT, INDEX, POSED, write_json
-from omnistream_jax.data.shard_output import ShardWriter, finished_contents, kept_plan, opened_output, write_missing
+from omnistream_jax.data.shard_index import POSED
+from omnistream_jax.data.shard_output import (
+    ShardWriter,
+    SourceSettings,
+    kept_plan,
+    opened_output,
+    write_index,
+    write_missing,
+)
 from omnistream_jax.data.source_check import WHOLE, NamedSource, Skipped
 from omnistream_jax.data.worker_pool import map_in_processes
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(SourceSettings):
     """What the shards depend on, beside the source.
 
     Attributes:
-      dataset: its name in the registry.
-      split: as the data set calls it.
-      options: further arguments of its reader.
       chunk: frames of a record.
       shard_frames: a shard is closed after the sequence with which it has so many.
       image: how frames are stored.
     """
 
-    dataset: str
-    split: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     chunk: int = 32
     shard_frames: int = 2048
     image: ImageOptions = dataclasses.field(default_factory=ImageOptions)
@@ -48,10 +49,7 @@ class Settings:
         for name in ("chunk", "shard_frames"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.image.short_side < 0:
-            raise UsageError(f"short_side: expected a number of pixels, or 0 to keep it, got {self.image.short_side}")
-        if not 1 <= self.image.quality <= 95:
-            raise UsageError(f"quality: expected 1 to 95, got {self.image.quality}")
+        self.image.check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +66,16 @@ class Job:
     settings: Settings
     sequences: tuple[tuple[str, int], ...] = ()
     parts: tuple[range, ...] = ()
+
+    def told(self, contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the index tells of the contents of its shards."""
+        entries = [{"shard": number} | entry for number, content in enumerate(contents) for entry in content["sequences"]]
+        return {
+            "chunk": self.settings.chunk,
+            "frames": sum(entry["frames"] for entry in entries),
+            "depth_error": records.DEPTH_ERROR,
+            "sequences": entries,
+        }
 
 
 def write_shards(source: NamedSource, output: Path, settings: Settings, workers: int = 1) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def write_shards(source: NamedSource, output: Path, settings: Settings, workers:
         job = _plan(Job(source, output, settings), workers)
         sizes = [sum(job.sequences[index][1] for index in part) for part in job.parts]
         write_missing(output, _WriteShard(job), sizes, workers)
-        return _write_index(job)
+        return write_index(output, POSED, source, settings, len(job.parts), "frame", job.told)
 
 
 # Planning
@@ -229,24 +237,3 @@ def _record(job: Job, index: int, frames: Sequence[PosedFrame]) -> bytes:
         options=job.settings.image,
     )
 
-
-def _write_index(job: Job) -> dict[str, Any]:
-    contents, shards, skipped = finished_contents(job.output, len(job.parts))
-    sequences = [{"shard": number} | entry for number, content in enumerate(contents) for entry in content["sequences"]]
-    if not sequences:
-        raise DataError(f"{job.source.root}: no frame could be read; " + "; ".join(skipped.lines()))
-    index = {
-        "format": FORMAT,
-        "kind": POSED,
-        "source": job.source.reader.name,
-        "dataset": job.settings.dataset,
-        "split": job.settings.split,
-        "chunk": job.settings.chunk,
-        "frames": sum(entry["frames"] for entry in sequences),
-        "depth_error": records.DEPTH_ERROR,
-        "shards": shards,
-        "sequences": sequences,
-        "skipped": skipped.reasons,
-    }
-    write_json(job.output / INDEX, index)
-    return index

@@ -13,7 +13,7 @@ import numpy as np
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.readers.base import PosedSource
-from omnistream_jax.data.schema import PosedFrame
+from omnistream_jax.data.schema import CaptionedImage, PosedFrame
 from omnistream_jax.data.sources import Source
 from omnistream_jax.data.worker_pool import map_in_processes
 
@@ -167,8 +167,15 @@ class _CheckBlock:
 
 def _use(reader: Source | CaptionSource, index: int) -> None:
     if hasattr(reader, "read"):
-        from omnistream_jax.data.captions import check_text  # imports Grain, which takes seconds in each worker
-
-        check_text(reader.read(index))
+        read_caption(reader, index)
     else:
         reader.sample(index, np.random.default_rng(index), 1, (1, 1))
+
+
+def read_caption(reader: CaptionSource, index: int) -> CaptionedImage:
+    """Reads a captioned image. Raises DataError where training could not use it, for its text also."""
+    from omnistream_jax.data.captions import check_text  # imports Grain, which takes seconds in each worker
+
+    sample = reader.read(index)
+    check_text(sample)
+    return sample

@@ -7,13 +7,8 @@ video    uint8 [...]   the MP4 file
 from __future__ import annotations
 
 import dataclasses
-import json
 
-import numpy as np
-from safetensors import numpy as safetensors
-
-from omnistream_jax.data.errors import DataError
-from omnistream_jax.data.shard_index import FORMAT
+from omnistream_jax.data.record_bytes import as_tensor, pack_fields, unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +38,16 @@ class VideoRecord:
 
 def encode_record(record: VideoRecord) -> bytes:
     """The bytes of a record, the same for the same values."""
-    header = {"format": FORMAT}
-    header |= {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name != "video"}
-    text = json.dumps(header, sort_keys=True).encode()
-    tensors = {"header": np.frombuffer(text, np.uint8), "video": np.frombuffer(record.video, np.uint8)}
-    return safetensors.save(tensors)
+    return pack_fields(record, video=as_tensor(record.video))
 
 
 def decode_record(data: bytes, where: str) -> VideoRecord:
     """Reads a record; nothing is decoded yet. Raises DataError, naming `where`, for bytes that are none."""
-    try:
-        tensors = safetensors.load(data)
-        header = json.loads(tensors["header"].tobytes())
-        if (found := header.pop("format")) != FORMAT:
-            raise ValueError(f"its format is {found}, expected {FORMAT}")
-        return VideoRecord(**header | {"size": tuple(header["size"]), "video": tensors["video"].tobytes()})
-    except Exception as error:  # safetensors' are of several types
-        raise DataError(f"{where}: expected a record of a prepared video, but reading it failed ({error})") from error
+    return unpack(
+        data,
+        where,
+        "a prepared video",
+        lambda header, tensors: VideoRecord(
+            **header | {"size": tuple(header["size"])}, video=tensors["video"].tobytes()
+        ),
+    )

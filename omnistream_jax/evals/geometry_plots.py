@@ -37,7 +37,7 @@ def plot_depth(result: DepthResult, path: Path) -> None:
     low, high = np.percentile(truth, (2, 98)) if truth.size else (0.0, 1.0)
     for row, frame in zip(axes, shown, strict=True):
         error = np.abs(frame.aligned - frame.target) / frame.target
-        row[0].imshow(frame.picture, aspect="auto")
+        row[0].imshow(frame.picture, extent=(0, width, height, 0))  # the proportions of the truth
         for column, depth in ((1, frame.target), (2, frame.aligned)):
             depth_image = row[column].imshow(depth, vmin=low, vmax=high, cmap="turbo", interpolation="nearest")
         error_image = row[3].imshow(error, vmin=0, vmax=_LARGEST_ERROR, cmap="magma", interpolation="nearest")

@@ -22,3 +22,9 @@ def require_shape(name: str, array: ArrayLike, *ending: int) -> None:
     shape = jnp.shape(array)
     if len(shape) < len(ending) or shape[len(shape) - len(ending) :] != ending:
         raise ValueError(f"{name}: expected shape [..., {', '.join(map(str, ending))}], got {list(shape)}")
+
+
+def matrix_of(rows: list[list[jax.Array]]) -> jax.Array:
+    """Matrices [..., len(rows), len(rows[0])] of their entries, each of shape [...]."""
+    entries = jnp.stack([entry for row in rows for entry in row], axis=-1)
+    return entries.reshape(*entries.shape[:-1], len(rows), len(rows[0]))

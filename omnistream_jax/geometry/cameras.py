@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omnistream_jax.geometry.arrays import einsum, require_shape, to_float
+from omnistream_jax.geometry.arrays import einsum, matrix_of, require_shape, to_float
 from omnistream_jax.geometry.rotations import matrix_to_quaternion, quaternion_to_matrix
 
 Convention = Literal["cam_to_world", "world_to_cam"]
@@ -104,7 +104,7 @@ def intrinsics_from_fields(fields: jax.Array, height: int, width: int) -> jax.Ar
     focal_y, focal_x = jnp.moveaxis(half / jnp.tan(fields / 2), -1, 0)
     zero, one = jnp.zeros_like(focal_x), jnp.ones_like(focal_x)
     rows = [[focal_x, zero, one * half[1]], [zero, focal_y, one * half[0]], [zero, zero, one]]
-    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+    return matrix_of(rows)
 
 
 def encode_camera(

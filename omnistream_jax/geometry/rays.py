@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omnistream_jax.geometry.arrays import einsum, require_shape, to_float
+from omnistream_jax.geometry.arrays import einsum, matrix_of, require_shape, to_float
 from omnistream_jax.geometry.cameras import camera_rays, compose_pose, pixel_centres
 
 # Residuals below this share of the values' size are rounding: reweighting must not tell between them.
@@ -172,7 +172,7 @@ def _centring(points: jax.Array, weights: jax.Array) -> jax.Array:
     zero, one = jnp.zeros_like(scale), jnp.ones_like(scale)
     x, y = -scale * mean[..., 0], -scale * mean[..., 1]
     rows = [[scale, zero, x], [zero, scale, y], [zero, zero, one]]
-    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+    return matrix_of(rows)
 
 
 def _robust(fit: Fit, values: jax.Array, weights: jax.Array, iterations: int) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from omnistream_jax.geometry.arrays import require_shape, to_float
+from omnistream_jax.geometry.arrays import matrix_of, require_shape, to_float
 
 
 def quaternion_to_matrix(quaternion: jax.Array) -> jax.Array:
@@ -29,7 +29,7 @@ def quaternion_to_matrix(quaternion: jax.Array) -> jax.Array:
         [s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)],
         [s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)],
     ]
-    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+    return matrix_of(rows)
 
 
 def matrix_to_quaternion(rotation: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ def matrix_to_quaternion(rotation: jax.Array) -> jax.Array:
         [c + g, f + h, 1 - a - e + i, d - b],
         [h - f, c - g, d - b, 1 + a + e + i],
     ]
-    products = jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+    products = matrix_of(rows)
     largest = jnp.argmax(jnp.diagonal(products, axis1=-2, axis2=-1), axis=-1)
     row = jnp.take_along_axis(products, largest[..., None, None], axis=-2)[..., 0, :]
     quaternion = row / jnp.linalg.norm(row, axis=-1, keepdims=True)

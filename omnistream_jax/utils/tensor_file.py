@@ -1,15 +1,37 @@
-"""A safetensors file whose tensors grow along their first axis, written without holding them in memory."""
+"""Writes safetensors files: whole ones, and such whose tensors grow along their first axis without lying in memory."""
 
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that whoever may read other new files may read, too.
+
+    `save_file` lets its owner alone read it, and `save` would hold all tensors in memory once more.
+
+    Args:
+        path: of the file, in a folder that exists.
+        tensors: by name.
+        metadata: text by name.
+    """
+    path = Path(path)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 class TensorFileWriter:

@@ -6,17 +6,15 @@ short side that was asked for. `data/shard_output.py` describes the files.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import io
-import itertools
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from omnistream_jax.data.schema import Sample
-from omnistream_jax.data.shard_index import VIDEOS, open_index, read_record
+from omnistream_jax.data.shard_index import VIDEOS, ShardRecords, open_index
 from omnistream_jax.data.sources import read_clip
 from omnistream_jax.data.video import open_video
 from omnistream_jax.data.video_records import VideoRecord, decode_record
@@ -43,8 +41,7 @@ class PreparedVideos:
     short_side: int | None
     frame_rate: float | None
     _names: tuple[str, ...]
-    _shards: tuple[tuple[str, int], ...]  # file and records
-    _ends: tuple[int, ...]  # of each shard, the index after its last video
+    _records: ShardRecords
     max_frames: ClassVar[int | None] = None
 
     @classmethod
@@ -63,8 +60,7 @@ class PreparedVideos:
             short_side,
             frame_rate,
             tuple(video["name"] for video in index["videos"]),
-            shards,
-            tuple(itertools.accumulate(count for _, count in shards)),
+            ShardRecords(root, shards),
         )
 
     def __len__(self) -> int:
@@ -72,7 +68,7 @@ class PreparedVideos:
 
     def describe(self, index: int) -> str:
         """The shard and the name that the video has in the data set."""
-        return f"{self._place(index)[0]}: {self._names[index]}"
+        return f"{self._records.place(index)[0]}: {self._names[index]}"
 
     def label(self, index: int) -> int | None:
         """The video's class, an index into `labels` where there are names; None where it is not published."""
@@ -80,18 +76,10 @@ class PreparedVideos:
 
     def record(self, index: int) -> VideoRecord:
         """A video's MP4 file and what is known of it. Raises DataError where its shard is damaged."""
-        path, count, position = self._place(index)
-        return decode_record(read_record(path, count, position), f"{path}, record {position}")
+        return decode_record(self._records.read(index), self._records.describe(index))
 
     def sample(self, index: int, rng: np.random.Generator, frames: int, stride: tuple[int, int]) -> Sample:
         """Reads a random clip of a video; see `sources.VideoSource.sample`."""
         path, record = self.describe(index), self.record(index)
         with open_video(path, file=io.BytesIO(record.video)) as video:
             return Sample(read_clip(video, rng, frames, stride, self, record.frame_rate), path)
-
-    def _place(self, index: int) -> tuple[str, int, int]:
-        """The shard that holds a video, how many records it has, and which of them the video is."""
-        index = range(len(self))[index]  # an IndexError beyond the end
-        shard = bisect.bisect_right(self._ends, index)
-        file, count = self._shards[shard]
-        return str(self.root / file), count, index - (self._ends[shard] - count)

@@ -1,0 +1,536 @@
+"""The geometry evaluators: what perfect and known wrong predictions score, and the job as a whole."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backbone_cases import random_model
+from benchmark_trees import DRIVE, TUM, write_bonn, write_kitti, write_scannet, write_sintel, write_tum
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from omnistream_jax import config as config_lib
+from omnistream_jax.config import ConfigError
+from omnistream_jax.convert.files import WeightsError
+from omnistream_jax.data.benchmarks.preprocess import prepare_frames
+from omnistream_jax.data.benchmarks.registry import OPENERS, open_benchmark
+from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.world import WorldClips
+from omnistream_jax.evals.camera_pose import aggregate_poses, evaluate_camera_pose
+from omnistream_jax.evals.depth_metrics import sequence_depth_metrics
+from omnistream_jax.evals.geometry_stream import SequenceStreamer
+from omnistream_jax.evals.geometry_table import geometry_table
+from omnistream_jax.evals.pose_metrics import trajectory_metrics
+from omnistream_jax.evals.video_depth import aggregate_depth, evaluate_video_depth
+from omnistream_jax.evaluate import evaluate
+from omnistream_jax.geometry_model import build_geometry_model
+from omnistream_jax.models.geometry import GeometryHeads, geometry_config
+from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG = str(REPOSITORY / "configs" / "evaluate_geometry.py")
+FRAMES, SIZE, LONG_SIDE = 5, 40, 32  # square pictures of 40 become 32 x 16
+SCENES = ("scene0707_00", "scene0708_00")
+FOLDERS = {name: name.partition("_")[0] for name in OPENERS}
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Two scenes of the embedded world, poses float64."""
+    return [WorldClips("heldout", 2, frames=FRAMES, size=SIZE).clip(index) for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def trees(clips, tmp_path_factory):
+    """All six benchmarks below one folder, with holes in Bonn's depth."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    for name, clip in zip(("ambush_4", "alley_2"), clips, strict=True):
+        write_sintel(root / "sintel", name, clip.images, clip.depth, clip.cam_to_world)
+    for name, clip in zip(("crowd2", "balloon2"), clips, strict=True):
+        write_bonn(root / "bonn", name, clip.images, with_holes(stored(clip.depth, 5000)))
+    write_kitti(root / "kitti", clips[0].images, stored(clips[0].depth, 256))
+    write_tum(root / "tum", clips[0].images, clips[0].cam_to_world)
+    for scene, clip in zip(SCENES, clips, strict=True):
+        write_scannet(root / "scannet", scene, clip.images, clip.cam_to_world)
+    return root
+
+
+def stored(depth, scale):
+    return np.rint(depth * float(scale)).astype(np.uint16)
+
+
+def with_holes(depth):
+    depth = depth.copy()
+    depth[:, :10] = 0
+    return depth
+
+
+def opened(name, root):
+    return open_benchmark(name, root, allow_incomplete=True)
+
+
+def in_turn(*predictions):
+    """A predictor that gives one prediction a sequence, in their order."""
+    left = iter(predictions)
+    return lambda frames: next(left)
+
+
+def rows_of(results):
+    return {each.name: {"metrics": vars(each.metrics), "problem": each.problem} for each in results}
+
+
+def pose_at(centres):
+    poses = np.tile(np.eye(4), (len(centres), 1, 1))
+    poses[:, :3, 3] = centres
+    return poses
+
+
+# What predictions score
+
+
+@pytest.mark.parametrize(("name", "scale"), [("sintel_depth", None), ("bonn_depth", 5000), ("kitti_depth", 256)])
+def test_true_depth_has_no_error(trees, clips, name, scale):
+    chosen = {"sintel_depth": clips[::-1], "bonn_depth": clips[::-1], "kitti_depth": clips[:1]}[name]
+    truth = [clip.depth if scale is None else stored(clip.depth, scale) / scale for clip in chosen]
+    for align in ("scale", "metric"):
+        results = evaluate_video_depth(
+            in_turn(*truth), opened(name, trees / FOLDERS[name]), align=align, long_side=LONG_SIDE
+        )
+        rows = rows_of(results)
+        assert len(rows) == len(chosen)
+        aggregate = aggregate_depth(rows)
+        assert aggregate["abs_rel"] <= 1e-6
+        assert aggregate["delta_1"] == 1
+        holes = 10 * SIZE * FRAMES * len(chosen) if name == "bonn_depth" else 0
+        assert aggregate["valid_pixels"] == FRAMES * SIZE * SIZE * len(chosen) - holes
+
+
+@pytest.mark.parametrize("name", ["sintel_pose", "tum_pose", "scannet_pose"])
+def test_true_poses_in_any_world_and_unit_have_no_error(trees, clips, name):
+    chosen = {"sintel_pose": clips[::-1], "tum_pose": clips[:1], "scannet_pose": clips}[name]
+    turn = Rotation.from_euler("xyz", [0.3, -1.2, 2.0]).as_matrix()
+    predictions = [clip.cam_to_world.astype(np.float64) for clip in chosen]
+    for poses in predictions:
+        poses[:, :3, 3] = 2.5 * poses[:, :3, 3] @ turn.T + [1.0, -7.0, 3.0]
+        poses[:, :3, :3] = turn @ poses[:, :3, :3]
+    results = list(
+        evaluate_camera_pose(in_turn(*predictions), opened(name, trees / FOLDERS[name]), long_side=LONG_SIDE)
+    )
+    aggregate = aggregate_poses(rows_of(results))
+    assert aggregate["sequences"] == len(chosen)
+    assert aggregate["ate"] <= 1e-6
+    assert aggregate["rpe_translation"] <= 1e-6
+    assert aggregate["rpe_rotation"] <= 1e-4
+    np.testing.assert_allclose(results[0].aligned, results[0].reference[:, :3, 3], atol=1e-6)
+
+
+def test_the_predictor_sees_the_frames_as_the_protocol_sizes_them(tmp_path, clips):
+    wide = np.ascontiguousarray(clips[0].images[:, :25])
+    write_sintel(tmp_path, "alley_2", wide, clips[0].depth[:, :25], clips[0].cam_to_world)
+    seen = []
+
+    def watch(frames):
+        seen.append(frames)
+        return np.ones((FRAMES, 2, 2)) if len(seen) == 1 else clips[0].cam_to_world
+
+    list(evaluate_video_depth(watch, opened("sintel_depth", tmp_path), long_side=64))
+    list(evaluate_camera_pose(watch, opened("sintel_pose", tmp_path), long_side=64))
+    for frames, mode in zip(seen, ("resize", "crop"), strict=True):
+        assert frames.shape == (FRAMES, 32, 64, 3)
+        np.testing.assert_array_equal(frames, prepare_frames(wide, 64, 16, mode))
+    assert (seen[0] != seen[1]).any()
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Bonn with two sequences 2 m away: all of the first is known, and the upper half of the second."""
+    images, depth = np.full((3, 24, 32, 3), 90, np.uint8), np.full((3, 24, 32), 10_000, np.uint16)
+    write_bonn(tmp_path, "balloon2", images, depth)
+    half = depth.copy()
+    half[:, 12:] = 0
+    write_bonn(tmp_path, "crowd2", images, half)
+    return opened("bonn_depth", tmp_path)
+
+
+def scaled_left(factor):
+    """2 m, and `factor` times that on the left half."""
+    depth = np.full((3, 24, 32), 2.0)
+    depth[:, :, :16] *= factor
+    return depth
+
+
+def test_depth_off_on_half_of_the_pixels_scores_what_is_computed_by_hand(flat):
+    predict = in_turn(scaled_left(1.1), scaled_left(1.3))
+    results = list(evaluate_video_depth(predict, flat, align="metric", long_side=LONG_SIDE, show=2))
+    # Half of the pixels are off by 0.1 (0.3); 1.3 is beyond 1.25. The second sequence has half of the weight.
+    assert [round(each.metrics.abs_rel, 6) for each in results] == [0.05, 0.15]
+    assert [each.metrics.delta_1 for each in results] == [1.0, 0.5]
+    aggregate = aggregate_depth(rows_of(results))
+    assert aggregate["abs_rel"] == pytest.approx((2 * 0.05 + 0.15) / 3, abs=1e-6)
+    assert aggregate["delta_1"] == pytest.approx((2 * 1.0 + 0.5) / 3, abs=1e-12)
+    assert [frame.index for frame in results[1].shown] == [0, 2]
+    assert np.isnan(results[1].shown[0].target[12:]).all()
+    np.testing.assert_allclose(results[1].shown[1].aligned, scaled_left(1.3)[0], atol=1e-6)
+
+
+def test_the_scale_of_half_wrong_depth_is_that_of_ten_rounds_on_its_two_values(flat):
+    scale = 2 / ((2 + 2.2) / 2)
+    for _ in range(10):
+        right, wrong = (1 / (abs(scale * value - 2) + 1e-8) for value in (2, 2.2))
+        scale = (right * 2 * 2 + wrong * 2.2 * 2) / (right * 2 * 2 + wrong * 2.2 * 2.2)
+    expected = (abs(scale * 2 - 2) / 2 + abs(scale * 2.2 - 2) / 2) / 2
+    (result,) = evaluate_video_depth(in_turn(scaled_left(1.1)), flat, long_side=LONG_SIDE, skip={"crowd2"}, show=1)
+    assert result.name == "balloon2"
+    assert result.metrics.scale == pytest.approx(scale, abs=1e-6)
+    assert result.metrics.abs_rel == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(result.shown[0].aligned, scale * scaled_left(1.1)[0], atol=1e-5)
+
+
+SQUARE = np.array([[1.0, 1, 0], [-1, 1, 0], [-1, -1, 0], [1, -1, 0]])
+UP_AND_DOWN = np.array([1.0, -1, 1, -1])  # has no part in common with x or y, so no rotation helps
+
+
+@pytest.fixture
+def square(tmp_path):
+    """ScanNet with two scenes whose cameras stand at the corners of a square."""
+    for scene in SCENES:
+        write_scannet(tmp_path, scene, np.full((4, 24, 32, 3), 90, np.uint8), pose_at(SQUARE))
+    return opened("scannet_pose", tmp_path)
+
+
+def test_centres_off_by_a_pattern_score_what_is_computed_by_hand(square):
+    """Corners d up and d down in turn: the best scale is 2 / (2 + d²), at which ATE² = 2 d² / (2 + d²).
+
+    From corner to corner the estimate steps 2 along an edge and 2 d up or down; after scaling by s it is off by
+    2 (1 - s) and 2 d s.
+    """
+    turn = Rotation.from_euler("xyz", [0.5, 0.1, -0.8]).as_matrix()
+    predictions = []
+    for offset in (1.0, 0.5):
+        poses = pose_at(3.0 * (SQUARE + np.outer(offset * UP_AND_DOWN, [0, 0, 1])) @ turn.T + 4)
+        poses[:, :3, :3] = turn
+        predictions.append(poses)
+    rows = rows_of(evaluate_camera_pose(in_turn(*predictions), square, long_side=LONG_SIDE))
+    ate = [np.sqrt(2 * d**2 / (2 + d**2)) for d in (1.0, 0.5)]
+    scale = [2 / (2 + d**2) for d in (1.0, 0.5)]
+    step = [np.hypot(2 * (1 - s), 2 * d * s) for s, d in zip(scale, (1.0, 0.5), strict=True)]
+    metrics = [row["metrics"] for row in rows.values()]
+    np.testing.assert_allclose([each["ate"] for each in metrics], ate, atol=1e-9)
+    np.testing.assert_allclose([each["rpe_translation"] for each in metrics], step, atol=1e-9)
+    np.testing.assert_allclose([each["scale"] for each in metrics], np.array(scale) / 3, atol=1e-9)
+    aggregate = aggregate_poses(rows)
+    assert aggregate["ate"] == pytest.approx(np.mean(ate), abs=1e-9)
+    assert aggregate["rpe_rotation"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_sequence_that_cannot_be_scored_fails_the_mean_by_name(square, flat):
+    stuck = np.tile(np.eye(4), (4, 1, 1))
+    results = list(evaluate_camera_pose(in_turn(stuck, pose_at(SQUARE)), square, long_side=LONG_SIDE))
+    assert results[0].metrics is None
+    assert results[0].aligned is None
+    rows = {each.name: {"metrics": each.metrics and vars(each.metrics), "problem": each.problem} for each in results}
+    with pytest.raises(ValueError, match=r"1 of 2 sequences have no score: scene0707_00: .*estimate are all at one"):
+        aggregate_poses(rows)
+    wrong = np.full((3, 2, 2), np.nan)
+    results = list(evaluate_video_depth(in_turn(wrong, scaled_left(1)), flat, long_side=LONG_SIDE))
+    rows = {each.name: {"metrics": each.metrics and vars(each.metrics), "problem": each.problem} for each in results}
+    with pytest.raises(ValueError, match=r"1 of 2 sequences have no score: balloon2: .*finite"):
+        aggregate_depth(rows)
+
+
+def test_what_does_not_fit_is_refused(square, flat, clips):
+    with pytest.raises(ValueError, match="bonn_depth has no poses"):
+        next(evaluate_camera_pose(in_turn(), flat))
+    with pytest.raises(ValueError, match="scannet_pose has no depth"):
+        next(evaluate_video_depth(in_turn(), square))
+    with pytest.raises(ValueError, match=r"align: expected one of scale, .*got 'median'"):
+        next(evaluate_video_depth(in_turn(), flat, align="median"))
+    with pytest.raises(ValueError, match=r"balloon2: expected depth \[3, h, w\], got shape \(2, 24, 32\)"):
+        next(evaluate_video_depth(in_turn(scaled_left(1)[:2]), flat, long_side=LONG_SIDE))
+    with pytest.raises(ValueError, match=r"scene0707_00: expected poses \[4, 4, 4\], got shape \(3, 4, 4\)"):
+        next(evaluate_camera_pose(in_turn(pose_at(SQUARE[:3])), square, long_side=LONG_SIDE))
+    path = flat.sequences[0].depth_paths[1]
+    Image.fromarray(np.ones((3, 5), np.uint16)).save(path)
+    with pytest.raises(DataError, match=rf"{path.name}: 5 x 3 pixels, the sequence began with 32 x 24"):
+        next(evaluate_video_depth(in_turn(scaled_left(1)), flat, long_side=LONG_SIDE))
+
+
+# The model as a predictor
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Four tiny blocks and small heads, every parameter random."""
+    backbone = random_model(depth=4)
+    config = geometry_config(4, features=8, out_channels=(8, 8, 8, 8))
+    heads = GeometryHeads(config, backbone.config.width, 16)
+    hidden, camera = [np.zeros((1, 1, 7, 32), np.float32)] * 4, np.zeros((1, 1, 32), np.float32)
+    init = functools.partial(heads.init, height=16, width=16)
+    shapes = jax.eval_shape(init, jax.random.key(0), hidden, camera)["params"]
+    generator = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = generator.normal(size=leaf.shape).astype(np.float32)
+        if "kernel" in path[-1].key:
+            return jnp.asarray(values * np.prod(leaf.shape[:-1]) ** -0.5)
+        return jnp.asarray(0.1 * values + ("scale" in path[-1].key))
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    return build_geometry_model(backbone, config, params)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    model.save(directory)
+    return directory
+
+
+@pytest.mark.parametrize("pose_source", ["camera", "rays"])
+def test_a_sequence_is_one_stream_that_equals_the_whole_clip(model, clips, pose_source):
+    frames = prepare_frames(clips[0].images, LONG_SIDE)
+    streamer = SequenceStreamer(model, time_unit=3.0, frames_per_step=2, pose_source=pose_source)
+    whole = model.reconstruct(frames[None], time_unit=3.0)
+    poses = whole.cam_to_world if pose_source == "camera" else whole.cameras_from_rays()[0]
+    actual = streamer.cam_to_world(frames)
+    assert actual.shape == (FRAMES, 4, 4)
+    np.testing.assert_allclose(actual, poses[0], atol=2e-3)
+    if pose_source == "camera":
+        np.testing.assert_allclose(streamer.depth(frames), whole.depth[0], rtol=1e-3)
+        other = SequenceStreamer(model, frames_per_step=2).depth(frames)
+        assert np.abs(other - whole.depth[0]).max() > 1e-3  # by the model's own time unit
+
+
+# The job
+
+
+@pytest.fixture(scope="module")
+def config_for(checkpoint, trees):
+    def make(output, benchmarks=("sintel_depth", "tum_pose"), **changes):
+        fields = {"checkpoint": str(checkpoint), "output": str(output), "long_side": LONG_SIDE, "frames_per_step": 2}
+        chosen = {f"benchmarks.{name}": str(trees / FOLDERS[name]) for name in benchmarks}
+        return config_lib.load(CONFIG, fields | chosen | {"allow_incomplete": True} | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(config_for, tmp_path_factory):
+    """The output of a run on all six, and what it said, through the command line."""
+    output = tmp_path_factory.mktemp("evaluation")
+    return output, command(config_for(output, tuple(OPENERS)))
+
+
+def command(config):
+    flat = {name: value for name, value in config.items() if name not in ("job", "name", "benchmarks")}
+    flat |= {f"benchmarks.{name}": folder for name, folder in config.benchmarks.items()}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "omnistream_jax.main", f"--config={CONFIG}"]
+        + [f"--config.{name}={value}" for name, value in flat.items()],
+        cwd=REPOSITORY,
+        env=os.environ | cache,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def summary(output):
+    return json.loads((output / "geometry.json").read_text())
+
+
+def test_the_config_names_every_benchmark():
+    assert set(config_lib.load(CONFIG).benchmarks) == set(OPENERS)
+
+
+def test_the_command_scores_all_benchmarks(finished, model, trees):
+    output, done = finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    benchmarks = summary(output)["benchmarks"]
+    assert list(benchmarks) == list(OPENERS)
+    assert list(benchmarks["bonn_depth"]["sequences"]) == ["balloon2", "crowd2"]
+    assert benchmarks["kitti_depth"]["sequences"].keys() == {DRIVE}
+    assert benchmarks["tum_pose"]["sequences"].keys() == {TUM}
+    for name in ("sintel_depth", "scannet_pose"):
+        benchmark = opened(name, trees / FOLDERS[name])
+        for sequence in benchmark.sequences:
+            scored = benchmarks[name]["sequences"][sequence.name]
+            assert scored["frames"] == FRAMES
+            whole = model.reconstruct(sequence.frames(benchmark.mode, LONG_SIDE)[None])
+            if name == "sintel_depth":
+                truth = np.stack([sequence.depth(place) for place in range(FRAMES)])
+                limits = {"max_depth": 70.0, "clip_prediction": 70.0}
+                expected = sequence_depth_metrics(whole.depth[0], truth, align="scale", **limits)
+                assert scored["metrics"]["abs_rel"] == pytest.approx(expected.abs_rel, rel=1e-3)
+            else:
+                expected = trajectory_metrics(whole.cam_to_world[0], sequence.cam_to_world)
+                assert scored["metrics"]["ate"] == pytest.approx(expected.ate, rel=1e-2)
+    means = [row["metrics"]["ate"] for row in benchmarks["scannet_pose"]["sequences"].values()]
+    assert benchmarks["scannet_pose"]["aggregate"]["ate"] == pytest.approx(np.mean(means))
+
+
+def test_the_summary_holds_every_setting(finished, config_for, checkpoint):
+    content = summary(finished[0])
+    assert content["config"] == config_lib.to_plain(config_for(finished[0], tuple(OPENERS)))
+    assert content["config"]["checkpoint"] == str(checkpoint)
+    assert content["settings"].items() >= {"align": "scale", "time_unit": 16.0, "compute_dtype": "float32"}.items()
+    assert len(content["settings"]["model"]) == 64
+    assert set(content["versions"]) == {"omnistream_jax", "jax"}
+    counts = content["benchmarks"]["kitti_depth"]["data"]["counts"]
+    assert (counts["sequences"], counts["frames"], counts["complete"]) == (1, FRAMES, False)
+
+
+def test_the_table_and_the_pictures(finished):
+    output, done = finished
+    content = summary(output)["benchmarks"]
+    aggregate = content["bonn_depth"]["aggregate"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    numbers = [f"{aggregate['abs_rel']:.4f}", f"{100 * aggregate['delta_1']:.2f}"]
+    assert ["bonn_depth", "2", "of", "5", "10", "of", "550", *numbers] in lines
+    aggregate = content["tum_pose"]["aggregate"]
+    numbers = [f"{aggregate[name]:.4f}" for name in ("ate", "rpe_translation", "rpe_rotation")]
+    assert ["tum_pose", "1", "of", "8", "5", "of", "720", *numbers] in lines
+    assert "kitti_depth: incomplete, not to be compared with published numbers" in done.stdout
+    assert "CUT3R" not in done.stdout
+    pictures = sorted(path.relative_to(output / "plots") for path in output.rglob("*.png"))
+    assert pictures == sorted(
+        Path(name) / f"{sequence}.png" for name, each in content.items() for sequence in each["sequences"]
+    )
+    for path in pictures:
+        picture = np.asarray(Image.open(output / "plots" / path).convert("RGB"))
+        assert min(picture.shape[:2]) > 150
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    assert not list(output.rglob("*.tmp"))
+
+
+def test_published_numbers_stand_beside_complete_benchmarks_alone():
+    counts = {"sequences": 5, "expected_sequences": 5, "frames": 550, "expected_frames": 550, "complete": True}
+    content = {
+        "data": {"task": "depth", "counts": counts},
+        "aggregate": {"abs_rel": 0.1, "delta_1": 0.9},
+        "problem": None,
+    }
+    assert "0.078      93.7" in geometry_table({"bonn_depth": content}, "scale")
+    assert "CUT3R" not in geometry_table({"bonn_depth": content}, "metric")
+
+
+def test_a_rerun_does_what_is_missing(finished, config_for, trees, tmp_path, monkeypatch):
+    asked, depth = [], SequenceStreamer.depth
+
+    def spy(self, frames):
+        asked.append(len(frames))
+        return depth(self, frames)
+
+    config = config_for(tmp_path, ("sintel_depth",))
+    for name in ("results", "plots"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sintel_depth").symlink_to(finished[0] / name / "sintel_depth")
+    monkeypatch.setattr(SequenceStreamer, "depth", spy)
+    assert evaluate(config) == 0
+    assert asked == []  # what stood there is taken
+    assert summary(tmp_path)["benchmarks"]["sintel_depth"] == summary(finished[0])["benchmarks"]["sintel_depth"]
+
+    config = config_for(tmp_path / "own", ("sintel_depth",))
+    assert evaluate(config) == 0
+    before = summary(tmp_path / "own")["benchmarks"]["sintel_depth"]["aggregate"]
+    (tmp_path / "own/results/sintel_depth/alley_2.json").write_text('{"key"')
+    (tmp_path / "own/plots/sintel_depth/ambush_4.png").unlink()
+    asked.clear()
+    assert evaluate(config) == 0
+    assert asked == [FRAMES, FRAMES]
+    (tmp_path / "own/results/sintel_depth/alley_2.json").unlink()
+    assert evaluate(config) == 0
+    assert evaluate(config) == 0
+    assert asked == [FRAMES] * 3
+    assert summary(tmp_path / "own")["benchmarks"]["sintel_depth"]["aggregate"] == before
+
+
+def test_other_data_under_an_old_name_are_scored_anew(config_for, clips, tmp_path):
+    write_sintel(tmp_path / "data", "alley_2", clips[0].images, clips[0].depth, clips[0].cam_to_world)
+    fields = {"benchmarks.sintel_depth": str(tmp_path / "data"), "plots": False}
+    assert evaluate(config_for(tmp_path / "out", (), **fields)) == 0
+    assert not (tmp_path / "out" / "plots").exists()
+    write_sintel(tmp_path / "data", "alley_2", clips[1].images, clips[1].depth, clips[1].cam_to_world)
+    first = summary(tmp_path / "out")["benchmarks"]["sintel_depth"]["aggregate"]
+    assert evaluate(config_for(tmp_path / "out", (), **fields)) == 0
+    assert summary(tmp_path / "out")["benchmarks"]["sintel_depth"]["aggregate"] != first
+
+
+def test_other_settings_and_another_model_are_refused(finished, config_for, model, tmp_path):
+    before = (finished[0] / "geometry.json").read_bytes()
+    with pytest.raises(ConfigError, match=r'other settings.*\n  align: "scale" -> "scale&shift"\n  window: 0 -> 4'):
+        evaluate(config_for(finished[0], align="scale&shift", window=4))
+    other = build_geometry_model(model.model, model.heads.config, jax.tree.map(lambda leaf: leaf * 1.5, model.params))
+    other.save(tmp_path)
+    with pytest.raises(ConfigError, match=r"other settings.*\n  model: "):
+        evaluate(config_for(finished[0], checkpoint=str(tmp_path)))
+    assert (finished[0] / "geometry.json").read_bytes() == before
+
+
+def test_a_missing_sequence_stops_before_anything_is_computed(config_for, tmp_path):
+    done = command(config_for(tmp_path / "out", allow_incomplete=False, checkpoint="/nowhere"))
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "sintel_depth is not as published: 2 of 23 sequences, 10 of 1,064 frames (alley_1: 0 of 50" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trajectory_that_cannot_be_scored_is_told_and_fails(config_for, clips, tmp_path, capsys):
+    write_scannet(tmp_path, SCENES[0], clips[0].images, np.tile(np.eye(4), (FRAMES, 1, 1)))
+    write_scannet(tmp_path, SCENES[1], clips[1].images, clips[1].cam_to_world)
+    assert evaluate(config_for(tmp_path / "out", (), **{"benchmarks.scannet_pose": str(tmp_path)})) == 1
+    content = summary(tmp_path / "out")["benchmarks"]["scannet_pose"]
+    assert content["aggregate"] is None
+    assert "degenerate" in content["sequences"][SCENES[0]]["problem"]
+    assert content["sequences"][SCENES[1]]["metrics"]["ate"] > 0
+    assert f"scannet_pose: 1 of 2 sequences have no score: {SCENES[0]}: degenerate" in capsys.readouterr().out
+
+
+def test_a_second_run_into_one_directory_is_refused(config_for, tmp_path):
+    with WorkdirLock(tmp_path), pytest.raises(WorkdirLockedError):
+        evaluate(config_for(tmp_path))
+
+
+def test_plots_without_matplotlib_are_refused_by_what_to_install(config_for, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"plots: matplotlib is missing; pip install -e \.\[eval\]"):
+        evaluate(config_for(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"output": ""}, ConfigError, "output: expected a directory"),
+        ({"checkpoint": ""}, ConfigError, "checkpoint: expected a directory"),
+        ({"checkpoint": "/nowhere/model"}, WeightsError, "/nowhere/model: no such directory"),
+        ({"benchmarks": ()}, ConfigError, "benchmarks: none has a folder"),
+        ({"benchmarks.bonn_depth": "/nowhere"}, DataError, "/nowhere: there is no such folder"),
+        ({"align": "median"}, ConfigError, "align: expected one of scale, scale&shift, metric, got 'median'"),
+        ({"align": "metric"}, ConfigError, "align: metric needs a model in metres"),
+        ({"pose_source": "head"}, ConfigError, "pose_source: expected one of camera, rays, got 'head'"),
+        ({"long_side": 15}, ConfigError, "long_side: expected a patch of 16 pixels or more, got 15"),
+        ({"window": -1}, ConfigError, "window: .*-1"),
+        ({"window": 1}, ConfigError, "window: 1 frames cannot hold 1 sinks"),
+        ({"sinks": -1}, ConfigError, "sinks: .*-1"),
+        ({"time_unit": -2.0}, ConfigError, "time_unit: expected a positive number of frames, got -2"),
+        ({"frames_per_step": 0}, ConfigError, "frames_per_step: expected 1 or more, got 0"),
+        ({"compute_dtype": "int8"}, ConfigError, "dtype: .*int8"),
+    ],
+)
+def test_a_field_that_cannot_work_is_one_clear_error(config_for, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(config_for(**{"output": tmp_path / "out"} | changes))
+    assert not (tmp_path / "out").exists()
