@@ -2,37 +2,49 @@
 
     python -m omnistream_jax.main --config=configs/pretrain.py[:RECIPE] [--workdir=DIR] [--config.field=value ...]
 
-(no argument)   The quick start: a tiny model on the photographs and videos that come with the package. A CPU of 2
-                cores, under 5 minutes and 6 GB. It promises pictures, not quality. Writes runs/quickstart.
+(no argument)   The quick start: a tiny model on the photographs, videos and rendered scenes that come with the
+                package. A CPU of 2 cores, under 5 minutes and 6 GB. It promises pictures, not quality. Writes
+                runs/quickstart.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from stage 1's `model` directory:
                 --config.init.backbone=runs/stage1/model --config.self_supervision.gram.backbone=DINOV3_DIR
                 (the heads start anew: `model` holds the backbone).
+no_video, no_geometry
+                The paper's ablations, of the quick start, or behind a comma of another recipe (stage1,no_video).
 
 The paper's recipes need data and, as in the paper, DINOv3's weights to start from:
 
     --config.tasks.image_ssl.paths=DIR[,DIR...]    photographs: folders, or .txt lists of files
     --config.tasks.clip_ssl.paths=DIR[,DIR...]     videos, likewise
+    --config.tasks.clip_geometry.paths=NAME:DIR[,NAME:DIR...]   posed RGB-D sets, as scannet:/data/scannet
     --config.init.backbone=DIR                     DINOv3 in the Hugging Face layout, or one of our exports
 
-So far they train the self-supervised objective only; geometry and language join as they are built. A task of weight 0
-is left out. Batches are split over all devices; running the same command again goes on from the last checkpoint.
+They train self-supervision and streaming geometry; language joins when it is built. A task of weight 0 is left out. Batches are split over all devices; running the same command again goes on from the last checkpoint.
 """
 
 from ml_collections import ConfigDict
 
 RECIPES = ("", "stage1", "stage2")
+ABLATIONS = {"no_video": "clip_ssl", "no_geometry": "clip_geometry"}  # name -> the task that is left out
 
 
 def get_config(recipe: str = "") -> ConfigDict:
     """The config of a recipe, with every field that there is."""
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(name or '(none)' for name in RECIPES)}")
+    parts = recipe.split(",")
+    without = [part for part in parts if part in ABLATIONS]
+    kept = [part for part in parts if part not in ABLATIONS]
+    recipe = kept[0] if kept else ""
+    if len(kept) > 1 or recipe not in RECIPES:
+        names = ", ".join(name or "(none)" for name in (*RECIPES, *ABLATIONS))
+        raise ValueError(f"unknown recipe {','.join(parts)!r}; there are {names}")
     config = _paper()
     if recipe == "stage2":
         _second_stage(config)
     elif recipe == "":
         _quick_start(config)
+    for part in without:
+        config.tasks[ABLATIONS[part]].weight = 0.0
+        config.name = f"{config.name}_{part}"
     return config
 
 
@@ -44,9 +56,18 @@ def _paper() -> ConfigDict:
     config.steps = 60_000
 
     # Sizes: tiny, small, base, large (models/presets.py). patch_size 0 is the preset's. dtype auto: bfloat16 on
-    # accelerators. remat recomputes each block in the backward pass, for less memory.
+    # accelerators. remat recomputes each block in the backward pass, for less memory. layer_scale: LayerScale's value
+    # at the start of training from scratch.
     config.model = ConfigDict(
-        {"preset": "large", "patch_size": 0, "rope": "dinov3", "time_unit": 16, "dtype": "auto", "remat": False}
+        {
+            "preset": "large",
+            "patch_size": 0,
+            "rope": "dinov3",
+            "time_unit": 16,
+            "dtype": "auto",
+            "remat": False,
+            "layer_scale": 0.01,
+        }
     )
     config.init = ConfigDict({"backbone": ""})
 

@@ -19,7 +19,7 @@ from omnistream_jax import config as config_lib
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError, find_directory
 from omnistream_jax.data.benchmarks.base import Benchmark
-from omnistream_jax.data.benchmarks.registry import open_benchmark
+from omnistream_jax.data.benchmarks.registry import OPENERS, open_benchmark
 from omnistream_jax.evals import geometry_plots, geometry_table
 from omnistream_jax.evals.camera_pose import PoseResult, aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.depth_metrics import ALIGNMENTS
@@ -83,7 +83,8 @@ def build(config: ConfigDict) -> Job:
         raise ConfigError(f"align: expected one of {', '.join(ALIGNMENTS)}, got {config.align!r}")
     if config.window < 0:
         raise ConfigError(f"window: expected a number of frames, or 0 for all, got {config.window}")
-    benchmarks = tuple(open_benchmark(name, folder, config.allow_incomplete) for name, folder in folders.items())
+    benchmarks = [open_benchmark(name, folder, config.allow_incomplete) for name, folder in folders.items()]
+    benchmarks.sort(key=lambda benchmark: list(OPENERS).index(benchmark.name))  # a ConfigDict sorts by the alphabet
     try:
         if config.plots:
             geometry_plots.check_plotting()
@@ -104,7 +105,7 @@ def build(config: ConfigDict) -> Job:
         "compute_dtype": model.model.backbone.dtype.name,
         "model": model_fingerprint(find_directory(config.checkpoint)),
     }
-    return Job(config, benchmarks, streamer, ResultFiles(Path(config.output), settings, config.plots))
+    return Job(config, tuple(benchmarks), streamer, ResultFiles(Path(config.output), settings, config.plots))
 
 
 def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:

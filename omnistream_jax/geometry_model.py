@@ -91,10 +91,13 @@ class GeometryModel:
     ) -> tuple[Reconstruction, BackboneOutput, Stream]:
         """Feed the next frames to a stream, see `Model.step`: their geometry, their features, the stream after them.
 
-        The geometry equals that of `reconstruct` on the whole stream.
+        Without a window the geometry equals that of `reconstruct` on the whole stream.
         """
+        options = stream.options
+        if options.layers != self.heads.config.layers or not options.camera_token:
+            raise ValueError("stream: it does not give what the geometry heads read; open it with this model")
         out, stream = self.model.step(stream, frames, active=active)
-        return self._geometry(out, stream.options.height, stream.options.width), out, stream
+        return self._geometry(out, options.height, options.width), out, stream
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the backbone as `Model.save` does, and beside it geometry.json and geometry.safetensors."""
@@ -140,7 +143,11 @@ def load_geometry(path: str | os.PathLike, rope: str | None = None, dtype: Any =
     config = _read_config(directory / CONFIG_NAME, model.config.depth)
     built = build_geometry_model(model, config, {})
     tensors = read_tensor_file(directory / WEIGHTS_NAME)
-    _check(directory / WEIGHTS_NAME, tensors, built.heads)
+    try:
+        expected = _shapes(built.heads)
+    except ValueError as error:
+        raise WeightsError(f"{directory / CONFIG_NAME}: {error}") from error
+    _check(directory / WEIGHTS_NAME, tensors, expected)
     params = jax.tree.map(jnp.asarray, nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()}))
     return dataclasses.replace(built, params=params)
 
@@ -164,13 +171,17 @@ def _read_config(path: Path, depth: int) -> GeometryConfig:
     return config
 
 
-def _check(path: Path, tensors: Mapping[str, np.ndarray], heads: GeometryHeads) -> None:
+def _shapes(heads: GeometryHeads) -> dict[str, tuple[int, ...]]:
+    """Of the parameters, by name. Raises ValueError for channels that do not divide."""
     side, width = heads.patch_size, heads.width
     token = jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32)
     camera = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
     init = functools.partial(heads.init, height=side, width=side)
-    expected = jax.eval_shape(init, jax.random.key(0), [token] * len(heads.config.layers), camera)["params"]
-    shapes = {name: leaf.shape for name, leaf in named_leaves(expected).items()}
+    params = jax.eval_shape(init, jax.random.key(0), [token] * len(heads.config.layers), camera)["params"]
+    return {name: leaf.shape for name, leaf in named_leaves(params).items()}
+
+
+def _check(path: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())]
     problems += [f"{name} is not expected" for name in sorted(tensors.keys() - shapes.keys())]
     problems += [

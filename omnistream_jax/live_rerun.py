@@ -118,10 +118,10 @@ class CameraPath:
     def add(self, place: np.ndarray) -> np.ndarray:
         """The path [n, 3] to a further place [3], from the first to this one."""
         path = np.stack([*self._places, place])
-        if len(path) > self._longest:
-            self._places, self._every = self._places[::2], 2 * self._every
         if self._count % self._every == 0:
             self._places.append(place)
+        if len(self._places) == self._longest:
+            self._places, self._every = self._places[::2], 2 * self._every
         self._count += 1
         return path
 

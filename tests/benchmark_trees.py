@@ -11,9 +11,46 @@ import numpy as np
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from omnistream_jax.data.world import WorldClips
+
 DRIVE = "2011_09_26_drive_0002"
 GATHERED = "depth_selection/val_selection_cropped"
 TUM = "rgbd_dataset_freiburg3_walking_xyz"
+FRAMES, SIZE, LONG_SIDE = 5, 40, 32  # square pictures of 40 become 32 x 16
+SCENES = ("scene0707_00", "scene0708_00")
+
+
+def world_scenes() -> list:
+    """Two WorldClip of FRAMES frames, SIZE x SIZE pixels."""
+    return [WorldClips("heldout", 2, frames=FRAMES, size=SIZE).clip(index) for index in range(2)]
+
+
+def write_trees(root: Path, clips: list) -> Path:
+    """All six benchmarks, each below `root` where `folder_of` says, with holes in Bonn's depth; root."""
+    for name, clip in zip(("ambush_4", "alley_2"), clips, strict=True):
+        write_sintel(root / "sintel", name, clip.images, clip.depth, clip.cam_to_world)
+    for name, clip in zip(("crowd2", "balloon2"), clips, strict=True):
+        write_bonn(root / "bonn", name, clip.images, with_holes(stored(clip.depth, 5000)))
+    write_kitti(root / "kitti", clips[0].images, stored(clips[0].depth, 256))
+    write_tum(root / "tum", clips[0].images, clips[0].cam_to_world)
+    for scene, clip in zip(SCENES, clips, strict=True):
+        write_scannet(root / "scannet", scene, clip.images, clip.cam_to_world)
+    return root
+
+
+def folder_of(name: str) -> str:
+    """The folder of a benchmark in `write_trees`."""
+    return name.partition("_")[0]
+
+
+def stored(depth: np.ndarray, scale: float) -> np.ndarray:
+    return np.rint(depth * float(scale)).astype(np.uint16)
+
+
+def with_holes(depth: np.ndarray) -> np.ndarray:
+    depth = depth.copy()
+    depth[:, :10] = 0
+    return depth
 
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:

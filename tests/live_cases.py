@@ -24,8 +24,8 @@ def recorded(path, entity: str, column: str):
     chunk_lib = pytest.importorskip("rerun.chunk")
     rows = []
     for chunk in chunk_lib.RrdReader(path).stream():
-        if chunk.entity_path == entity:
-            batch = chunk.to_record_batch()
+        batch = chunk.to_record_batch()
+        if chunk.entity_path == entity and column in batch.schema.names:
             stamps = batch.column("time").cast("int64").to_pylist()
             rows += zip(batch.column("frame").to_pylist(), stamps, batch.column(column).to_pylist(), strict=True)
     rows.sort(key=lambda row: row[0])

@@ -1,4 +1,4 @@
-"""The geometry evaluators: what perfect and known wrong predictions score, and the job as a whole."""
+"""The evaluation job of streaming geometry as a whole: numbers, files, resuming, refusals."""
 
 import functools
 import json
@@ -12,9 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backbone_cases import random_model
-from benchmark_trees import DRIVE, TUM, write_bonn, write_kitti, write_scannet, write_sintel, write_tum
+from benchmark_trees import (
+    DRIVE,
+    FRAMES,
+    LONG_SIDE,
+    SCENES,
+    TUM,
+    folder_of,
+    world_scenes,
+    write_scannet,
+    write_sintel,
+    write_trees,
+)
 from PIL import Image
-from scipy.spatial.transform import Rotation
 
 from omnistream_jax import config as config_lib
 from omnistream_jax.config import ConfigError
@@ -22,13 +32,10 @@ from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.benchmarks.preprocess import prepare_frames
 from omnistream_jax.data.benchmarks.registry import OPENERS, open_benchmark
 from omnistream_jax.data.errors import DataError
-from omnistream_jax.data.world import WorldClips
-from omnistream_jax.evals.camera_pose import aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.depth_metrics import sequence_depth_metrics
 from omnistream_jax.evals.geometry_stream import SequenceStreamer
 from omnistream_jax.evals.geometry_table import geometry_table
 from omnistream_jax.evals.pose_metrics import trajectory_metrics
-from omnistream_jax.evals.video_depth import aggregate_depth, evaluate_video_depth
 from omnistream_jax.evaluate import evaluate
 from omnistream_jax.geometry_model import build_geometry_model
 from omnistream_jax.models.geometry import GeometryHeads, geometry_config
@@ -36,230 +43,20 @@ from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = str(REPOSITORY / "configs" / "evaluate_geometry.py")
-FRAMES, SIZE, LONG_SIDE = 5, 40, 32  # square pictures of 40 become 32 x 16
-SCENES = ("scene0707_00", "scene0708_00")
-FOLDERS = {name: name.partition("_")[0] for name in OPENERS}
 
 
 @pytest.fixture(scope="module")
 def clips():
-    """Two scenes of the embedded world, poses float64."""
-    return [WorldClips("heldout", 2, frames=FRAMES, size=SIZE).clip(index) for index in range(2)]
+    return world_scenes()
 
 
 @pytest.fixture(scope="module")
 def trees(clips, tmp_path_factory):
-    """All six benchmarks below one folder, with holes in Bonn's depth."""
-    root = tmp_path_factory.mktemp("benchmarks")
-    for name, clip in zip(("ambush_4", "alley_2"), clips, strict=True):
-        write_sintel(root / "sintel", name, clip.images, clip.depth, clip.cam_to_world)
-    for name, clip in zip(("crowd2", "balloon2"), clips, strict=True):
-        write_bonn(root / "bonn", name, clip.images, with_holes(stored(clip.depth, 5000)))
-    write_kitti(root / "kitti", clips[0].images, stored(clips[0].depth, 256))
-    write_tum(root / "tum", clips[0].images, clips[0].cam_to_world)
-    for scene, clip in zip(SCENES, clips, strict=True):
-        write_scannet(root / "scannet", scene, clip.images, clip.cam_to_world)
-    return root
-
-
-def stored(depth, scale):
-    return np.rint(depth * float(scale)).astype(np.uint16)
-
-
-def with_holes(depth):
-    depth = depth.copy()
-    depth[:, :10] = 0
-    return depth
+    return write_trees(tmp_path_factory.mktemp("benchmarks"), clips)
 
 
 def opened(name, root):
     return open_benchmark(name, root, allow_incomplete=True)
-
-
-def in_turn(*predictions):
-    """A predictor that gives one prediction a sequence, in their order."""
-    left = iter(predictions)
-    return lambda frames: next(left)
-
-
-def rows_of(results):
-    return {each.name: {"metrics": vars(each.metrics), "problem": each.problem} for each in results}
-
-
-def pose_at(centres):
-    poses = np.tile(np.eye(4), (len(centres), 1, 1))
-    poses[:, :3, 3] = centres
-    return poses
-
-
-# What predictions score
-
-
-@pytest.mark.parametrize(("name", "scale"), [("sintel_depth", None), ("bonn_depth", 5000), ("kitti_depth", 256)])
-def test_true_depth_has_no_error(trees, clips, name, scale):
-    chosen = {"sintel_depth": clips[::-1], "bonn_depth": clips[::-1], "kitti_depth": clips[:1]}[name]
-    truth = [clip.depth if scale is None else stored(clip.depth, scale) / scale for clip in chosen]
-    for align in ("scale", "metric"):
-        results = evaluate_video_depth(
-            in_turn(*truth), opened(name, trees / FOLDERS[name]), align=align, long_side=LONG_SIDE
-        )
-        rows = rows_of(results)
-        assert len(rows) == len(chosen)
-        aggregate = aggregate_depth(rows)
-        assert aggregate["abs_rel"] <= 1e-6
-        assert aggregate["delta_1"] == 1
-        holes = 10 * SIZE * FRAMES * len(chosen) if name == "bonn_depth" else 0
-        assert aggregate["valid_pixels"] == FRAMES * SIZE * SIZE * len(chosen) - holes
-
-
-@pytest.mark.parametrize("name", ["sintel_pose", "tum_pose", "scannet_pose"])
-def test_true_poses_in_any_world_and_unit_have_no_error(trees, clips, name):
-    chosen = {"sintel_pose": clips[::-1], "tum_pose": clips[:1], "scannet_pose": clips}[name]
-    turn = Rotation.from_euler("xyz", [0.3, -1.2, 2.0]).as_matrix()
-    predictions = [clip.cam_to_world.astype(np.float64) for clip in chosen]
-    for poses in predictions:
-        poses[:, :3, 3] = 2.5 * poses[:, :3, 3] @ turn.T + [1.0, -7.0, 3.0]
-        poses[:, :3, :3] = turn @ poses[:, :3, :3]
-    results = list(
-        evaluate_camera_pose(in_turn(*predictions), opened(name, trees / FOLDERS[name]), long_side=LONG_SIDE)
-    )
-    aggregate = aggregate_poses(rows_of(results))
-    assert aggregate["sequences"] == len(chosen)
-    assert aggregate["ate"] <= 1e-6
-    assert aggregate["rpe_translation"] <= 1e-6
-    assert aggregate["rpe_rotation"] <= 1e-4
-    np.testing.assert_allclose(results[0].aligned, results[0].reference[:, :3, 3], atol=1e-6)
-
-
-def test_the_predictor_sees_the_frames_as_the_protocol_sizes_them(tmp_path, clips):
-    wide = np.ascontiguousarray(clips[0].images[:, :25])
-    write_sintel(tmp_path, "alley_2", wide, clips[0].depth[:, :25], clips[0].cam_to_world)
-    seen = []
-
-    def watch(frames):
-        seen.append(frames)
-        return np.ones((FRAMES, 2, 2)) if len(seen) == 1 else clips[0].cam_to_world
-
-    list(evaluate_video_depth(watch, opened("sintel_depth", tmp_path), long_side=64))
-    list(evaluate_camera_pose(watch, opened("sintel_pose", tmp_path), long_side=64))
-    for frames, mode in zip(seen, ("resize", "crop"), strict=True):
-        assert frames.shape == (FRAMES, 32, 64, 3)
-        np.testing.assert_array_equal(frames, prepare_frames(wide, 64, 16, mode))
-    assert (seen[0] != seen[1]).any()
-
-
-@pytest.fixture
-def flat(tmp_path):
-    """Bonn with two sequences 2 m away: all of the first is known, and the upper half of the second."""
-    images, depth = np.full((3, 24, 32, 3), 90, np.uint8), np.full((3, 24, 32), 10_000, np.uint16)
-    write_bonn(tmp_path, "balloon2", images, depth)
-    half = depth.copy()
-    half[:, 12:] = 0
-    write_bonn(tmp_path, "crowd2", images, half)
-    return opened("bonn_depth", tmp_path)
-
-
-def scaled_left(factor):
-    """2 m, and `factor` times that on the left half."""
-    depth = np.full((3, 24, 32), 2.0)
-    depth[:, :, :16] *= factor
-    return depth
-
-
-def test_depth_off_on_half_of_the_pixels_scores_what_is_computed_by_hand(flat):
-    predict = in_turn(scaled_left(1.1), scaled_left(1.3))
-    results = list(evaluate_video_depth(predict, flat, align="metric", long_side=LONG_SIDE, show=2))
-    # Half of the pixels are off by 0.1 (0.3); 1.3 is beyond 1.25. The second sequence has half of the weight.
-    assert [round(each.metrics.abs_rel, 6) for each in results] == [0.05, 0.15]
-    assert [each.metrics.delta_1 for each in results] == [1.0, 0.5]
-    aggregate = aggregate_depth(rows_of(results))
-    assert aggregate["abs_rel"] == pytest.approx((2 * 0.05 + 0.15) / 3, abs=1e-6)
-    assert aggregate["delta_1"] == pytest.approx((2 * 1.0 + 0.5) / 3, abs=1e-12)
-    assert [frame.index for frame in results[1].shown] == [0, 2]
-    assert np.isnan(results[1].shown[0].target[12:]).all()
-    np.testing.assert_allclose(results[1].shown[1].aligned, scaled_left(1.3)[0], atol=1e-6)
-
-
-def test_the_scale_of_half_wrong_depth_is_that_of_ten_rounds_on_its_two_values(flat):
-    scale = 2 / ((2 + 2.2) / 2)
-    for _ in range(10):
-        right, wrong = (1 / (abs(scale * value - 2) + 1e-8) for value in (2, 2.2))
-        scale = (right * 2 * 2 + wrong * 2.2 * 2) / (right * 2 * 2 + wrong * 2.2 * 2.2)
-    expected = (abs(scale * 2 - 2) / 2 + abs(scale * 2.2 - 2) / 2) / 2
-    (result,) = evaluate_video_depth(in_turn(scaled_left(1.1)), flat, long_side=LONG_SIDE, skip={"crowd2"}, show=1)
-    assert result.name == "balloon2"
-    assert result.metrics.scale == pytest.approx(scale, abs=1e-6)
-    assert result.metrics.abs_rel == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_allclose(result.shown[0].aligned, scale * scaled_left(1.1)[0], atol=1e-5)
-
-
-SQUARE = np.array([[1.0, 1, 0], [-1, 1, 0], [-1, -1, 0], [1, -1, 0]])
-UP_AND_DOWN = np.array([1.0, -1, 1, -1])  # has no part in common with x or y, so no rotation helps
-
-
-@pytest.fixture
-def square(tmp_path):
-    """ScanNet with two scenes whose cameras stand at the corners of a square."""
-    for scene in SCENES:
-        write_scannet(tmp_path, scene, np.full((4, 24, 32, 3), 90, np.uint8), pose_at(SQUARE))
-    return opened("scannet_pose", tmp_path)
-
-
-def test_centres_off_by_a_pattern_score_what_is_computed_by_hand(square):
-    """Corners d up and d down in turn: the best scale is 2 / (2 + d²), at which ATE² = 2 d² / (2 + d²).
-
-    From corner to corner the estimate steps 2 along an edge and 2 d up or down; after scaling by s it is off by
-    2 (1 - s) and 2 d s.
-    """
-    turn = Rotation.from_euler("xyz", [0.5, 0.1, -0.8]).as_matrix()
-    predictions = []
-    for offset in (1.0, 0.5):
-        poses = pose_at(3.0 * (SQUARE + np.outer(offset * UP_AND_DOWN, [0, 0, 1])) @ turn.T + 4)
-        poses[:, :3, :3] = turn
-        predictions.append(poses)
-    rows = rows_of(evaluate_camera_pose(in_turn(*predictions), square, long_side=LONG_SIDE))
-    ate = [np.sqrt(2 * d**2 / (2 + d**2)) for d in (1.0, 0.5)]
-    scale = [2 / (2 + d**2) for d in (1.0, 0.5)]
-    step = [np.hypot(2 * (1 - s), 2 * d * s) for s, d in zip(scale, (1.0, 0.5), strict=True)]
-    metrics = [row["metrics"] for row in rows.values()]
-    np.testing.assert_allclose([each["ate"] for each in metrics], ate, atol=1e-9)
-    np.testing.assert_allclose([each["rpe_translation"] for each in metrics], step, atol=1e-9)
-    np.testing.assert_allclose([each["scale"] for each in metrics], np.array(scale) / 3, atol=1e-9)
-    aggregate = aggregate_poses(rows)
-    assert aggregate["ate"] == pytest.approx(np.mean(ate), abs=1e-9)
-    assert aggregate["rpe_rotation"] == pytest.approx(0, abs=1e-6)
-
-
-def test_a_sequence_that_cannot_be_scored_fails_the_mean_by_name(square, flat):
-    stuck = np.tile(np.eye(4), (4, 1, 1))
-    results = list(evaluate_camera_pose(in_turn(stuck, pose_at(SQUARE)), square, long_side=LONG_SIDE))
-    assert results[0].metrics is None
-    assert results[0].aligned is None
-    rows = {each.name: {"metrics": each.metrics and vars(each.metrics), "problem": each.problem} for each in results}
-    with pytest.raises(ValueError, match=r"1 of 2 sequences have no score: scene0707_00: .*estimate are all at one"):
-        aggregate_poses(rows)
-    wrong = np.full((3, 2, 2), np.nan)
-    results = list(evaluate_video_depth(in_turn(wrong, scaled_left(1)), flat, long_side=LONG_SIDE))
-    rows = {each.name: {"metrics": each.metrics and vars(each.metrics), "problem": each.problem} for each in results}
-    with pytest.raises(ValueError, match=r"1 of 2 sequences have no score: balloon2: .*finite"):
-        aggregate_depth(rows)
-
-
-def test_what_does_not_fit_is_refused(square, flat, clips):
-    with pytest.raises(ValueError, match="bonn_depth has no poses"):
-        next(evaluate_camera_pose(in_turn(), flat))
-    with pytest.raises(ValueError, match="scannet_pose has no depth"):
-        next(evaluate_video_depth(in_turn(), square))
-    with pytest.raises(ValueError, match=r"align: expected one of scale, .*got 'median'"):
-        next(evaluate_video_depth(in_turn(), flat, align="median"))
-    with pytest.raises(ValueError, match=r"balloon2: expected depth \[3, h, w\], got shape \(2, 24, 32\)"):
-        next(evaluate_video_depth(in_turn(scaled_left(1)[:2]), flat, long_side=LONG_SIDE))
-    with pytest.raises(ValueError, match=r"scene0707_00: expected poses \[4, 4, 4\], got shape \(3, 4, 4\)"):
-        next(evaluate_camera_pose(in_turn(pose_at(SQUARE[:3])), square, long_side=LONG_SIDE))
-    path = flat.sequences[0].depth_paths[1]
-    Image.fromarray(np.ones((3, 5), np.uint16)).save(path)
-    with pytest.raises(DataError, match=rf"{path.name}: 5 x 3 pixels, the sequence began with 32 x 24"):
-        next(evaluate_video_depth(in_turn(scaled_left(1)), flat, long_side=LONG_SIDE))
 
 
 # The model as a predictor
@@ -267,9 +64,9 @@ def test_what_does_not_fit_is_refused(square, flat, clips):
 
 @pytest.fixture(scope="module")
 def model():
-    """Four tiny blocks and small heads, every parameter random."""
-    backbone = random_model(depth=4)
-    config = geometry_config(4, features=8, out_channels=(8, 8, 8, 8))
+    """Two tiny blocks and small heads, every parameter random."""
+    backbone = random_model()
+    config = geometry_config(2, (0, 0, 1, 1), features=8, out_channels=(8, 8, 8, 8))
     heads = GeometryHeads(config, backbone.config.width, 16)
     hidden, camera = [np.zeros((1, 1, 7, 32), np.float32)] * 4, np.zeros((1, 1, 32), np.float32)
     init = functools.partial(heads.init, height=16, width=16)
@@ -315,7 +112,7 @@ def test_a_sequence_is_one_stream_that_equals_the_whole_clip(model, clips, pose_
 def config_for(checkpoint, trees):
     def make(output, benchmarks=("sintel_depth", "tum_pose"), **changes):
         fields = {"checkpoint": str(checkpoint), "output": str(output), "long_side": LONG_SIDE, "frames_per_step": 2}
-        chosen = {f"benchmarks.{name}": str(trees / FOLDERS[name]) for name in benchmarks}
+        chosen = {f"benchmarks.{name}": str(trees / folder_of(name)) for name in benchmarks}
         return config_lib.load(CONFIG, fields | chosen | {"allow_incomplete": True} | changes)
 
     return make
@@ -362,20 +159,21 @@ def test_the_command_scores_all_benchmarks(finished, model, trees):
     assert list(benchmarks["bonn_depth"]["sequences"]) == ["balloon2", "crowd2"]
     assert benchmarks["kitti_depth"]["sequences"].keys() == {DRIVE}
     assert benchmarks["tum_pose"]["sequences"].keys() == {TUM}
+    streamer = SequenceStreamer(model, frames_per_step=2)
     for name in ("sintel_depth", "scannet_pose"):
-        benchmark = opened(name, trees / FOLDERS[name])
+        benchmark = opened(name, trees / folder_of(name))
         for sequence in benchmark.sequences:
             scored = benchmarks[name]["sequences"][sequence.name]
             assert scored["frames"] == FRAMES
-            whole = model.reconstruct(sequence.frames(benchmark.mode, LONG_SIDE)[None])
+            frames = sequence.frames(benchmark.mode, LONG_SIDE)
             if name == "sintel_depth":
                 truth = np.stack([sequence.depth(place) for place in range(FRAMES)])
                 limits = {"max_depth": 70.0, "clip_prediction": 70.0}
-                expected = sequence_depth_metrics(whole.depth[0], truth, align="scale", **limits)
-                assert scored["metrics"]["abs_rel"] == pytest.approx(expected.abs_rel, rel=1e-3)
+                expected = sequence_depth_metrics(streamer.depth(frames), truth, align="scale", **limits)
+                assert scored["metrics"]["abs_rel"] == pytest.approx(expected.abs_rel, rel=1e-6)
             else:
-                expected = trajectory_metrics(whole.cam_to_world[0], sequence.cam_to_world)
-                assert scored["metrics"]["ate"] == pytest.approx(expected.ate, rel=1e-2)
+                expected = trajectory_metrics(streamer.cam_to_world(frames), sequence.cam_to_world)
+                assert scored["metrics"]["ate"] == pytest.approx(expected.ate, rel=1e-6)
     means = [row["metrics"]["ate"] for row in benchmarks["scannet_pose"]["sequences"].values()]
     assert benchmarks["scannet_pose"]["aggregate"]["ate"] == pytest.approx(np.mean(means))
 
@@ -408,9 +206,9 @@ def test_the_table_and_the_pictures(finished):
         Path(name) / f"{sequence}.png" for name, each in content.items() for sequence in each["sequences"]
     )
     for path in pictures:
-        picture = np.asarray(Image.open(output / "plots" / path).convert("RGB"))
-        assert min(picture.shape[:2]) > 150
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+        picture = Image.open(output / "plots" / path).convert("RGB")
+        assert min(picture.size) > 150
+        assert len(picture.reduce(4).getcolors(1 << 20)) > 20
     assert not list(output.rglob("*.tmp"))
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import small_config
+from training_cases import whole_config
 
 from omnistream_jax import train as train_lib
 from omnistream_jax.models.geometry import GeometryPrediction, geometry_config
@@ -22,7 +22,7 @@ TEACHERS = Teachers(jnp.zeros((), jnp.int32), {}, None)
 def run():
     """The geometry task alone; cells of the ray map are pixels."""
     alone = {"tasks__image_ssl__weight": 0.0, "tasks__clip_ssl__weight": 0.0, "model__patch_size": 8}
-    return train_lib.build(small_config(**alone, evaluation__picture_size=32))
+    return train_lib.build(whole_config(**alone, evaluation__picture_size=32))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The live job: what is shown comes from the stream, latency stays bounded, files are whole however a run ends."""
 
 import io
-import json
 import os
 import re
 import signal

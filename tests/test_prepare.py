@@ -445,7 +445,12 @@ def test_an_output_of_another_source_is_refused(undisturbed, world, tmp_path):
         (("--option=colour=red",), 1, "its reader takes"),
         (("--split=val",), 1, "scannetv2_val.txt: there is no such file or folder"),
         (("more",), 2, "unexpected argument 'more'"),
-        (("--dataset=refcoco",), 2, "there is only --check for it"),
+        (("--dataset=prepared",), 2, "dataset prepared: is prepared already; there is only --check for it"),
+        (
+            ("--dataset=scannet", "--shard_records=3"),
+            2,
+            "--shard_records: does nothing for scannet, whose kind is posed",
+        ),
     ],
 )
 def test_wrong_flags_are_one_message(source, tmp_path, capsys, arguments, status, message):

@@ -385,8 +385,7 @@ def test_videos_and_posed_sets_are_not_taken_for_each_other(undisturbed):
         ("kinetics", ("--chunk=8",), "--chunk: does nothing for kinetics, whose kind is videos"),
         ("kinetics", ("--option=frame_rate=5",), "option frame_rate: is for drawing clips"),
         ("scannet", ("--crf=20",), "--crf: does nothing for scannet, whose kind is posed"),
-        ("grit", (), "dataset grit: captions are trained from as they are published (tars are shards already)"),
-        ("datacomp", (), "dataset datacomp: images are trained from as they are published"),
+        ("grit", ("--crf=20",), "--crf: does nothing for grit, whose kind is captions"),
         ("prepared_videos", (), "dataset prepared_videos: is prepared already"),
     ],
 )

@@ -13,6 +13,7 @@ from omnistream_jax.utils.metrics import read_metrics
 
 WORKDIR = REPOSITORY / "runs" / "quickstart"
 TERMS = ("dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram")
+GEOMETRY = ("depth", "rays", "points", "camera")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_the_loss_falls(rows):
 
 
 def test_every_term_is_finite_and_moves(rows):
-    for term in TERMS:
+    for term in TERMS + GEOMETRY:
         values = [row[term] for row in steps_of(rows)]
         assert np.isfinite(values).all(), term
         assert len(set(values)) > 10, term
@@ -55,8 +56,15 @@ def test_patches_are_found_again_ten_points_more_often_than_before_training(rows
     assert final["retrieval_top1_trained"] > final["retrieval_top1_untrained"]
 
 
+def test_depth_and_cameras_beat_what_needs_no_learning(rows):
+    final = rows[-1]
+    assert final["depth_abs_rel"] < 0.9 * final["depth_abs_rel_constant"]
+    assert final["ate"] < 0.9 * final["ate_still"]
+
+
 def test_the_picture_and_the_model_are_there(rows):
     assert Image.open(WORKDIR / "features.png").size[0] > 1000
+    assert Image.open(WORKDIR / "geometry.png").size[0] > 700
     model = omnistream_jax.load(WORKDIR / "model")
     out = model.encode(np.zeros((1, 2, 32, 32, 3), np.uint8))
     assert np.isfinite(out.patches).all()

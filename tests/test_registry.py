@@ -68,7 +68,8 @@ def test_every_reader_is_there_and_takes_a_folder(name):
 
 
 def test_the_sources_of_table_1_are_all_there():
-    others = {"prepared", "prepared_videos", "tfds", "world", "world_videos", "world_captions"}
+    prepared = {"prepared", "prepared_images", "prepared_videos", "prepared_captions"}
+    others = {*prepared, "tfds", "world", "world_videos", "world_captions"}
     kinds = [entry.kind for name, entry in ENTRIES.items() if name not in others]
     assert [kinds.count(kind) for kind in ("images", "videos", "posed", "captions")] == [
         2,

@@ -22,7 +22,7 @@ ALLOWED = {
     "main": {"train", "evaluate", "extract", "live"} | WORK,
     "train": {"report"} | WORK,
     "report": WORK,
-    "evaluate": WORK,
+    "evaluate": {"__init__"} | WORK,
     "extract": WORK,
     "live": {"live_view", "reconstruction"} | WORK,
     "live_view": {"config", "data", "evals", "reconstruction"} | SUPPORT,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from training_cases import PRETRAIN, REPOSITORY, small_config
+from training_cases import PRETRAIN, REPOSITORY, small_config, whole_config
 
 import omnistream_jax
 from omnistream_jax import config as config_lib
@@ -18,6 +18,7 @@ from omnistream_jax.utils.metrics import read_metrics
 from omnistream_jax.utils.trees import named_leaves
 
 TERMS = ("dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
+GEOMETRY = ("depth", "rays", "points", "camera")
 
 
 class _KilledError(Exception):
@@ -34,7 +35,7 @@ def final_state(config, workdir):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    train_lib.train(small_config(), workdir)
+    train_lib.train(whole_config(), workdir)
     return workdir
 
 
@@ -42,20 +43,22 @@ def test_a_run_leaves_metrics_checkpoints_model_and_picture(whole_run):
     rows = read_metrics(whole_run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    for term in TERMS:
+    for term in TERMS + GEOMETRY:
         values = [row[term] for row in steps]
         assert np.isfinite(values).all(), term
         assert len(set(values)) > 1, term
     assert all(row["gram"] == 0 for row in steps[:2]), "no Gram term before its teacher stands"
     assert all(row["gram"] > 0 for row in steps[2:])
     assert {f"retrieval_top1_{kind}" for kind in ("trained", "untrained")} <= set(rows[-1])
+    assert {"depth_abs_rel", "depth_abs_rel_constant", "ate", "ate_still"} <= set(rows[-1])
     assert Image.open(whole_run / "features.png").size[0] > 2 * 64
+    assert Image.open(whole_run / "geometry.png").size[0] > 2 * 32
     assert sorted(path.name for path in (whole_run / "checkpoints").iterdir() if path.name.isdigit()) == ["3", "6"]
 
 
 def test_the_exported_model_is_the_teacher_of_the_last_checkpoint(whole_run):
     model = omnistream_jax.load(whole_run / "model")
-    step, leaves = final_state(small_config(), whole_run)
+    step, leaves = final_state(whole_config(), whole_run)
     assert step == 6
     assert model.config.rope == "dinov3"
     exported = named_leaves({"ema": {"backbone": model.params}})
@@ -73,11 +76,11 @@ def test_a_stopped_run_resumes_bitwise(whole_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "save", save_and_die)
     with pytest.raises(_KilledError):
-        train_lib.train(small_config(), tmp_path)
+        train_lib.train(whole_config(), tmp_path)
     monkeypatch.undo()
-    train_lib.train(small_config(), tmp_path)
+    train_lib.train(whole_config(), tmp_path)
 
-    (step, resumed), (_, whole) = final_state(small_config(), tmp_path), final_state(small_config(), whole_run)
+    (step, resumed), (_, whole) = final_state(whole_config(), tmp_path), final_state(whole_config(), whole_run)
     assert step == 6
     for name in whole:
         np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
@@ -97,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
 
 def test_another_config_in_the_same_workdir_is_refused(whole_run):
     with pytest.raises(ConfigError, match=r"seed: 0 -> 1"):
-        train_lib.train(small_config(seed=1), whole_run)
+        train_lib.train(whole_config(seed=1), whole_run)
 
 
 @pytest.mark.parametrize(
@@ -118,13 +121,30 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
         ("self_supervision__teacher_momentum", (0.9, 1.1), r"self_supervision.teacher_momentum"),
         ("checkpoint__every", 0, r"checkpoint.every: expected 1 or more"),
         ("log_every", 0, r"log_every"),
+        ("model__layer_scale", 0.0, r"model.layer_scale: expected a positive number"),
+        (
+            "tasks__clip_geometry__paths",
+            "/data/scannet",
+            r"clip_geometry.paths: .*expected data sets as NAME:DIR",
+        ),
+        (
+            "tasks__clip_geometry__paths",
+            "kinetics:/data",
+            r"paths: kinetics holds videos, expected posed",
+        ),
+        ("tasks__clip_geometry__height", 40, r"tasks.clip_geometry.height: expected a multiple of 16, got 40"),
+        ("tasks__clip_geometry__crop_scale", (0.0, 1.0), r"tasks.clip_geometry.crop_scale"),
+        ("geometry__layers", (0, 1, 2, 4), r"geometry.layers: expected blocks 0 to 3"),
+        ("geometry__units", "feet", r"geometry.units: expected clip or metres"),
+        ("geometry__point_norm", "l3", r"geometry.point_norm: expected l1 or l2"),
+        ("geometry__weights__ray", -1.0, r"geometry.weights.ray: expected 0 or more"),
         ("evaluation__retrieval_size", 100, r"evaluation.retrieval_size: expected a multiple of 16"),
         ("evaluation__picture_frames", 99, r"99 frames were asked for"),
     ],
 )
 def test_a_config_that_cannot_work_is_one_clear_error(field, value, message):
     with pytest.raises(ConfigError, match=message):
-        train_lib.build(small_config(**{field: value}))
+        train_lib.build(whole_config(**{field: value}))
 
 
 def test_the_gram_term_waits_for_a_snapshot_that_the_run_never_reaches():
@@ -161,6 +181,10 @@ def reduced(recipe):
         small = {"paths": "embedded", "batch_size": 2, "global_size": 32, "local_size": 16}
         fields |= {f"tasks.{task}.{name}": value for name, value in small.items()}
     fields["tasks.clip_ssl.frames"] = 2
+    small = {"paths": "world:train", "batch_size": 1, "frames": 2, "height": 32, "width": 32}
+    fields |= {f"tasks.clip_geometry.{name}": value for name, value in small.items()}
+    fields |= {"geometry.features": 8, "geometry.out_channels": (8, 8, 8, 8)}
+    fields |= {"evaluation.geometry_scenes": 1, "evaluation.geometry_size": 32}
     return config_lib.load(f"{PRETRAIN}:{recipe}", fields)
 
 
@@ -173,11 +197,13 @@ def test_a_recipe_of_the_paper_runs(recipe, remat, tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     (step,) = [row for row in rows if "loss" in row]
     assert step["step"] == 1
-    assert all(np.isfinite(step[term]) for term in ("loss", "gradient_norm", *TERMS))
+    assert all(np.isfinite(step[term]) for term in ("loss", "gradient_norm", *TERMS, *GEOMETRY))
     assert step["gradient_norm"] > 0
     assert step["gram"] == 0, "without pre-trained weights the Gram term waits for its first snapshot"
     assert np.isfinite(rows[-1]["retrieval_top1_trained"])
-    assert omnistream_jax.load(tmp_path / "model").config.width == 128
+    model = omnistream_jax.load_geometry(tmp_path / "model")
+    assert model.model.config.width == 128
+    assert np.isfinite(model.reconstruct(np.zeros((1, 1, 32, 32, 3), np.uint8)).depth).all()
 
 
 def run_main(*arguments):

@@ -11,7 +11,7 @@ PRETRAIN = str(REPOSITORY / "configs" / "pretrain.py")
 
 
 def small_config(**overrides: object) -> ConfigDict:
-    """The quick start with fewer, smaller crops; dotted names in `overrides` are spelt with "__"."""
+    """The quick start's self-supervision with fewer, smaller crops; `overrides` spell dotted names with "__"."""
     small = {
         "steps": 6,
         "optimizer.warmup_steps": 2,
@@ -30,7 +30,13 @@ def small_config(**overrides: object) -> ConfigDict:
     for task, batch in (("image_ssl", 3), ("clip_ssl", 2)):
         small |= {f"tasks.{task}.batch_size": batch, f"tasks.{task}.global_size": 32, f"tasks.{task}.local_size": 16}
     small["tasks.clip_ssl.frames"] = 2
+    small["tasks.clip_geometry.weight"] = 0.0
     small |= {"geometry.features": 8, "geometry.out_channels": (8, 8, 8, 8), "evaluation.geometry_scenes": 2}
     small |= {"evaluation.geometry_size": 32, "tasks.clip_geometry.frames": 2}
     small |= {"tasks.clip_geometry.height": 32, "tasks.clip_geometry.width": 32}
     return config_lib.load(PRETRAIN, small | {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def whole_config(**overrides: object) -> ConfigDict:
+    """The same with every task that the quick start trains."""
+    return small_config(**{"tasks__clip_geometry__weight": 1.0, **overrides})

@@ -20,6 +20,7 @@ from omnistream_jax.data.errors import DataError, require_field
 from omnistream_jax.data.skipped import first_usable, skip_entry
 from omnistream_jax.data.sources import mixture_weights
 
+ENDLESS = 1 << 40  # samples
 SMALL_SOURCE = 4096  # records; below it Grain's own shuffle takes up to milliseconds a record
 
 
@@ -124,7 +125,8 @@ def _shuffled(first: int, count: int, seed: int) -> grain.MapDataset:
     """The numbers first .. first + count - 1, endlessly, in a new order in every pass."""
     if count < SMALL_SOURCE:
         return grain.MapDataset.source(_SmallShuffle(first, count, seed))
-    return grain.MapDataset.range(first, first + count).shuffle(seed=seed).repeat()
+    passes = ENDLESS // count  # Grain's own endless length does not always fit its len()
+    return grain.MapDataset.range(first, first + count).shuffle(seed=seed).repeat(passes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ class _SmallShuffle:
     seed: int
 
     def __len__(self) -> int:
-        return 1 << 40
+        return ENDLESS
 
     def __getitem__(self, index: int) -> int:
         number, place = divmod(index, self.count)

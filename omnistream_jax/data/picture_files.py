@@ -61,5 +61,7 @@ def picture_file(reader: Source | CaptionSource, index: int, path: str) -> bytes
 def _read(path: str) -> bytes:
     with reading(path, "the file of a picture"), open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-            raise DataError(f"{path}: has {size:,} bytes, at most {MAX_BYTES:,} are allowed", reason="file is too large")
+            raise DataError(
+                f"{path}: has {size:,} bytes, at most {MAX_BYTES:,} are allowed", reason="file is too large"
+            )
         return file.read()

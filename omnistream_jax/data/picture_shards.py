@@ -3,8 +3,8 @@
 A record (data/picture_records.py) is one picture, for captions with its instruction, answer and boxes as the reader of
 the published layout gives them: no reader draws them at random. Pictures keep the bytes of their published file, of
 whatever format, unless they are larger than was asked for and so encoded again; the embedded world's, which have no
-file, are stored as PNG. Each is decoded once, and its text checked as training does: what fails is left out and counted.
-No byte depends on timing, workers, the place of the source, or earlier runs that were killed.
+file, are stored as PNG. Each is decoded, and its text checked as training does: what fails is left out and counted. No
+byte depends on timing, workers, the place of the source, or earlier runs that were killed.
 
 What is in the shards is told record by record and not in the index: there may be millions.
 """
@@ -28,7 +28,7 @@ from omnistream_jax.data.shard_index import CAPTIONS, IMAGES
 from omnistream_jax.data.shard_output import SourceSettings, keep_names, opened_output, write_index, write_missing
 from omnistream_jax.data.source_check import NamedSource, read_caption
 
-_EXACT = ImageOptions("png", short_side=0)
+_KEPT, _EXACT = ImageOptions(short_side=0), ImageOptions("png", short_side=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PictureSettings(SourceSettings):
     """
 
     shard_records: int = 4096
-    image: ImageOptions = ImageOptions(short_side=0)
+    image: ImageOptions = _KEPT
 
     def check(self) -> None:
         """Raises UsageError for values that make no sense."""

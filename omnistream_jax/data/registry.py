@@ -85,7 +85,7 @@ ENTRIES: Mapping[str, Entry] = {
     "refcocog": _entry("captions", "refcoco:open_refcoco", which="refcocog"),
     "blip3_ocr": _entry("captions", "blip3_ocr:open_blip3_ocr"),
     "sa1b_caption": _entry("captions", "sa1b:open_sa1b_caption"),
-    "prepared_captions": _entry("captions", "prepared_captions:PreparedCaptions"),  # what data/prepare.py wrote of these
+    "prepared_captions": _entry("captions", "prepared_captions:PreparedCaptions"),  # prepare.py's of these
     # the embedded world, which has no folder: "train" or "heldout" stands in its place
     "world": _entry("posed", "world:open_world"),
     "world_videos": _entry("videos", "world:open_world_videos"),

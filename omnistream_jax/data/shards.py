@@ -69,7 +69,9 @@ class Job:
 
     def told(self, contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the index tells of the contents of its shards."""
-        entries = [{"shard": number} | entry for number, content in enumerate(contents) for entry in content["sequences"]]
+        entries = [
+            {"shard": number} | entry for number, content in enumerate(contents) for entry in content["sequences"]
+        ]
         return {
             "chunk": self.settings.chunk,
             "frames": sum(entry["frames"] for entry in entries),
@@ -236,4 +238,3 @@ def _record(job: Job, index: int, frames: Sequence[PosedFrame]) -> bytes:
         paths=[job.source.relative(frame.path) for frame in frames],
         options=job.settings.image,
     )
-

@@ -124,4 +124,3 @@ def _transcoded(source: NamedSource, index: int, options: VideoOptions) -> Trans
         with reader.records.open(index, "video") as file:
             return transcode(reader.describe(index), options, file=file)
     return transcode(reader.paths[index], options)
-

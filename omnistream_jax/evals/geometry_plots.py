@@ -65,21 +65,21 @@ def plot_trajectory(result: PoseResult, path: Path) -> None:
     """
     origin, rotation = result.reference[0, :3, 3], result.reference[0, :3, :3]
     truth, estimate = ((centres - origin) @ rotation for centres in (result.reference[:, :3, 3], result.aligned))
-    figure = _new_figure((12, 6))
+    times, figure = result.timestamps - result.timestamps[0], _new_figure((12, 6))
     axes = figure.subplot_mosaic([["top", "x"], ["top", "y"], ["top", "z"], ["top", "distance"]])
     for centres, colour, label in ((truth, _TRUTH, "truth"), (estimate, _ESTIMATE, "estimate, aligned")):
         axes["top"].plot(centres[:, 0], centres[:, 2], color=colour, label=label, marker=".", markersize=3)
         axes["top"].plot(*centres[0, [0, 2]], color=colour, marker="o")
         for column, name in enumerate("xyz"):
-            axes[name].plot(result.timestamps, centres[:, column], color=colour)
-    axes["distance"].plot(result.timestamps, np.linalg.norm(estimate - truth, axis=1), color=_ESTIMATE)
+            axes[name].plot(times, centres[:, column], color=colour)
+    axes["distance"].plot(times, np.linalg.norm(estimate - truth, axis=1), color=_ESTIMATE)
     axes["top"].set(xlabel="x (right)", ylabel="z (forward)", title="from above; a dot marks the first frame")
     axes["top"].set_aspect("equal", adjustable="datalim")
     axes["top"].legend()
     for name in ("x", "y", "z", "distance"):
         axes[name].set_ylabel(name)
         axes[name].tick_params(labelbottom=name == "distance")
-    axes["distance"].set_xlabel("timestamp")
+    axes["distance"].set_xlabel("seconds, or frames, since the first")
     metrics = result.metrics
     errors = f"RPE {metrics.rpe_translation:.4f}, {metrics.rpe_rotation:.3f}°"
     figure.suptitle(f"{result.name}: ATE {metrics.ate:.4f}, {errors}")

@@ -36,7 +36,9 @@ def build_backbone(config: ConfigDict) -> Backbone:
     """The student's backbone from `config.model`."""
     model = config.model
     changes = {} if model.patch_size == 0 else {"patch_size": model.patch_size}
-    sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), **changes)
+    _require(model.layer_scale > 0, "model.layer_scale", model.layer_scale, "a positive number")
+    scale = float(model.layer_scale)
+    sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), layer_scale=scale, **changes)
     if model.dtype not in ("auto", *_DTYPES):
         raise ConfigError(f"model.dtype: expected auto, {' or '.join(_DTYPES)}, got {model.dtype!r}")
     dtype = default_dtype() if model.dtype == "auto" else _DTYPES[model.dtype]
@@ -184,10 +186,8 @@ def _geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backb
     except ValueError as error:
         raise ConfigError(f"geometry.{error}") from error
     sources, weights = _sources(name, fields)
-    return GeometryTask(
-        name=name,
-        weight=fields.weight,
-        data=PosedData(
+    try:
+        data = PosedData(
             sources=sources,
             global_batch_size=fields.batch_size,
             weights=weights,
@@ -195,7 +195,13 @@ def _geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backb
             size=(fields.height, fields.width),
             crop_scale=tuple(fields.crop_scale),
             colour=fields.colour,
-        ),
+        )
+    except DataError as error:
+        raise ConfigError(f"tasks.{name}.{error}") from error
+    return GeometryTask(
+        name=name,
+        weight=fields.weight,
+        data=data,
         backbone=backbone,
         geometry_heads=GeometryHeads(heads, sizes.width, sizes.patch_size, backbone.dtype),
         settings=GeometrySettings(

@@ -17,9 +17,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.readers.annotated import AnnotatedImages, open_annotated
@@ -41,6 +41,7 @@ class Grit(AnnotatedImages):
     """
 
     phrases: str = PHRASES[0]
+    EXPECTED: ClassVar[Mapping[str, int]] = EXPECTED
 
     def prompt(self, row: dict[str, Any], where: str) -> Prompt:
         """The caption with the boxes of its phrases."""

@@ -35,8 +35,8 @@ from omnistream_jax.data.sources import IMAGE_SUFFIXES
 IMAGE_PARTS: Mapping[str, tuple[str, ...]] = {"image": IMAGE_SUFFIXES, "json": (".json",), "text": (".txt",)}
 """The files of a record that img2dataset writes."""
 
-EXPECTED_IMAGENET21K = {"whole": 13_153_500, "train": 11_060_223, "val": 522_500}
-"""Images of winter21, whole and in the "P" version's parts."""
+EXPECTED_WHOLE, EXPECTED_P = {"train": 13_153_500}, {"train": 11_060_223, "val": 522_500}
+"""Images of winter21, and of its "P" version."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +71,7 @@ class ClassFolders:
       labels: the classes' names, sorted.
       label_ids: int32 [N], the class of each photograph.
       files: bytes [N], names in the class's folder: Python's own strings would take gigabytes.
+      EXPECTED: split -> images that are published.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ClassFolders:
     labels: tuple[str, ...]
     label_ids: np.ndarray
     files: np.ndarray
+    EXPECTED: Mapping[str, int]
     max_frames: ClassVar[int | None] = 1
 
     def __len__(self) -> int:
@@ -130,12 +132,13 @@ def open_imagenet21k(root: str | os.PathLike, split: str = "train") -> ClassFold
     if split not in ("train", "val"):
         raise DataError(f"split: {split!r}, expected train or val")
     if any((root / f"imagenet21k_{part}").is_dir() for part in ("train", "val")):
-        folder = require(root, f"imagenet21k_{split}", expected="the split's folder of classes")
+        folder, expected = require(root, f"imagenet21k_{split}", expected="the split's folder of classes"), EXPECTED_P
     elif split == "train":
-        folder = root
+        folder, expected = root, EXPECTED_WHOLE
     else:
         raise DataError(f"{root}: has no imagenet21k_val; the whole of ImageNet-21K has only the split train")
-    return _class_folders(f"imagenet21k ({split})", folder, r"n\d{8}", "WNID/WNID_N.JPEG, such as n00004475/...")
+    found = _list_classes(folder, r"n\d{8}", "WNID/WNID_N.JPEG, such as n00004475/...")
+    return ClassFolders(f"imagenet21k ({split})", str(folder), *found, expected)
 
 
 def open_img2dataset(root: Path) -> tuple[Path, TarRecords]:
@@ -154,7 +157,8 @@ def read_record_image(records: TarRecords, index: int) -> np.ndarray:
         return read_image(records.describe(index), file=file)
 
 
-def _class_folders(name: str, root: Path, pattern: str, expected: str) -> ClassFolders:
+def _list_classes(root: Path, pattern: str, expected: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """`labels`, `label_ids` and `files` of ClassFolders."""
     with reading(root, f"a folder of {expected}"):
         labels = sorted(
             entry.name for entry in os.scandir(root) if re.fullmatch(pattern, entry.name) and entry.is_dir()
@@ -167,7 +171,7 @@ def _class_folders(name: str, root: Path, pattern: str, expected: str) -> ClassF
             label_ids.append(np.full(len(names), number, np.int32))
     if len(files) == 1:
         raise DataError(f"{root}: holds no {expected}")
-    return ClassFolders(name, str(root), tuple(labels), np.concatenate(label_ids), np.concatenate(files))
+    return tuple(labels), np.concatenate(label_ids), np.concatenate(files)
 
 
 def _read_uids(path: Path) -> np.ndarray:

@@ -47,12 +47,14 @@ class RefCoco:
       images: COCO's folder of images.
       records: (ref_id, number of the sentence, sentence, id of the object) of each record.
       boxes: object -> (image's file name, its width and height, box x, y, width, height), all in pixels.
+      EXPECTED: split -> sentences that are published.
     """
 
     name: str
     images: str
     records: tuple[tuple[int, int, Any, int], ...]
     boxes: Mapping[int, tuple[str, float, float, Any]]
+    EXPECTED: Mapping[str, int]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -110,7 +112,7 @@ def open_refcoco(
     records = _sentences(references, split, path)
     boxes = _boxes(require(folder, "instances.json", expected="COCO's objects"))
     used = {target: boxes[target] for target in {record[3] for record in records} if target in boxes}
-    return RefCoco(f"{which} ({split})", str(images), records, used)
+    return RefCoco(f"{which} ({split})", str(images), records, used, EXPECTED[which])
 
 
 def convert_refs(source: str | os.PathLike, target: str | os.PathLike | None = None) -> int:

@@ -21,7 +21,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -49,11 +51,13 @@ class LabelledVideos(VideoSource):
       labels: the classes' names; () where only numbers are published.
       label_ids: the class of each video, None where it is not published; () if that holds for all.
       missing: listed videos that are not there.
+      EXPECTED: split -> videos that are published, where it is known.
     """
 
     labels: tuple[str, ...] = ()
     label_ids: tuple[int | None, ...] = ()
     missing: int = 0
+    EXPECTED: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def label(self, index: int) -> int | None:
         """The video's class, an index into `labels` where there are names; None where it is not published."""
@@ -115,7 +119,8 @@ def open_kinetics(
         found = _from_table(folder, Path(annotations), split)
     else:
         return open_video_list(annotations, root, f"kinetics ({split})", short_side, frame_rate)
-    return _videos(f"kinetics ({split})", found, short_side, frame_rate)
+    expected = EXPECTED_KINETICS400 if len(found.labels) == 400 else {}
+    return _videos(f"kinetics ({split})", found, short_side, frame_rate, expected)
 
 
 def open_video_list(
@@ -171,7 +176,7 @@ def open_ssv2(
     if not paths:
         raise DataError(f"{folder}: holds none of the {missing} videos (ID.webm) that {listing} names")
     found = _Found(tuple(paths), labels, tuple(label_ids), missing)
-    return _videos(f"ssv2 ({split})", found, short_side, frame_rate)
+    return _videos(f"ssv2 ({split})", found, short_side, frame_rate, EXPECTED_SSV2)
 
 
 def open_pe_video(
@@ -199,8 +204,16 @@ class _Found(NamedTuple):
     missing: int = 0
 
 
-def _videos(name: str, found: _Found, short_side: int | None, frame_rate: float | None) -> LabelledVideos:
-    return LabelledVideos(name, short_side=short_side, frame_rate=frame_rate, **found._asdict())
+def _videos(
+    name: str,
+    found: _Found,
+    short_side: int | None,
+    frame_rate: float | None,
+    expected: Mapping[str, int] = MappingProxyType({}),
+) -> LabelledVideos:
+    return LabelledVideos(
+        name, short_side=short_side, frame_rate=frame_rate, **found._asdict(), EXPECTED=dict(expected)
+    )
 
 
 def _from_folders(folder: Path) -> _Found:
