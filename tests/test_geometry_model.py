@@ -163,6 +163,19 @@ def test_load_gives_back_what_save_wrote(model, saved, tmp_path):
     assert len(list(saved.iterdir())) == 4, "nothing is left aside"
 
 
+def test_a_save_that_fails_leaves_the_older_heads(model, copied, monkeypatch):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("omnistream_jax.utils.tensor_file.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        model.save(copied)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
 def test_the_backbone_is_also_read_alone(model, saved):
     assert_same_bits(omnistream_jax.load(saved).params, model.model.params)
 

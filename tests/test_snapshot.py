@@ -231,7 +231,7 @@ def test_a_save_that_fails_leaves_the_older_file(saved, model, weights, frames, 
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("omnistream_jax.snapshot.save_file", fail)
+    monkeypatch.setattr("omnistream_jax.utils.tensor_file.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         take(opened(model, frames, 2), 0, weights).save(saved)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
