@@ -19,7 +19,8 @@ The paper's recipes need data and, as in the paper, DINOv3's weights to start fr
     --config.tasks.clip_geometry.paths=NAME:DIR[,NAME:DIR...]   posed RGB-D sets, as scannet:/data/scannet
     --config.init.backbone=DIR                     DINOv3 in the Hugging Face layout, or one of our exports
 
-They train self-supervision and streaming geometry; language joins when it is built. A task of weight 0 is left out. Batches are split over all devices; running the same command again goes on from the last checkpoint.
+They train self-supervision and streaming geometry; language joins when it is built. A task of weight 0 is left out.
+Batches are split over all devices; running the same command again goes on from the last checkpoint.
 """
 
 from ml_collections import ConfigDict
