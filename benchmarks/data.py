@@ -87,9 +87,10 @@ def family(pid: int) -> list[int]:
     return [pid, *itertools.chain.from_iterable(map(family, below))]
 
 
-def resident_mb(pids: list[int]) -> float:
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
-    return pages * 4096 / 1e6
+def memory_mb(pids: list[int]) -> float:
+    """What processes hold together; what they share, as batches on their way, counts once."""
+    texts = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
+    return sum(int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("Pss:")) / 1e3
 
 
 def main() -> None:
@@ -153,12 +154,12 @@ def report(taken: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
 def endure(ours: Ours, arguments: argparse.Namespace) -> None:
     """Ours alone for some minutes: does its memory grow?"""
     ours.measure(arguments.batches)
-    started, clips, sizes = time.monotonic(), 0, [resident_mb(family(os.getpid()))]
+    started, clips, sizes = time.monotonic(), 0, [memory_mb(family(os.getpid()))]
     while (minutes := (time.monotonic() - started) / 60) < arguments.minutes:
         ours.measure(arguments.batches)
         clips += arguments.batches * arguments.batch
         if minutes >= len(sizes):
-            sizes.append(resident_mb(family(os.getpid())))
+            sizes.append(memory_mb(family(os.getpid())))
     print(f"memory in MB, minute by minute, {clips:,} clips: {' '.join(f'{size:.0f}' for size in sizes)}")
 
 

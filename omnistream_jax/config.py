@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -207,26 +208,38 @@ def _show(flat: Mapping, field: str) -> str:
 def remember(config: ConfigDict, workdir: str | os.PathLike, may_change: Iterable[str] = ()) -> None:
     """Keeps the config in `workdir/config.json`, and refuses another one when the run is resumed there.
 
+    As `remember_settings`, which see.
+    """
+    refusal = f"{workdir} holds a run with another config; use that one or another --workdir"
+    remember_settings(to_plain(config), Path(workdir) / "config.json", refusal, may_change)
+
+
+def remember_settings(settings: Mapping[str, object], path: Path, refusal: str, may_change: Iterable[str] = ()) -> None:
+    """Keeps what a run's results depend on in a JSON file, and refuses other settings when the run is resumed.
+
+    Several processes may do so at once.
+
     Args:
-        config: of this run.
-        workdir: an existing directory.
+        settings: JSON values, tuples among them, in groups or not.
+        path: of the file, in an existing directory.
+        refusal: begins the message of a refusal.
         may_change: dotted names of fields, or of groups of fields, in which a resumed run may differ.
 
     Raises ConfigError that lists the fields that differ, or where the stored file cannot be read.
     """
-    path = Path(workdir) / "config.json"
+    content = json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.exists():
         allowed = tuple(may_change)
-        lines = diff(_read(path), config)
+        lines = diff(_read(path), json.loads(content))
         refused = [line for line in lines if not _covered(line.partition(": ")[0], allowed)]
         if refused:
-            raise ConfigError(
-                f"{workdir} holds a run with another config; use that one or another --workdir:\n  "
-                + "\n  ".join(refused)
-            )
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(to_plain(config), indent=1) + "\n")
-    aside.replace(path)
+            raise ConfigError(f"{refusal}:\n  " + "\n  ".join(refused))
+        if not lines:
+            return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        aside = Path(folder) / path.name
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(path)
 
 
 def _covered(field: str, names: tuple[str, ...]) -> bool:
@@ -235,7 +248,7 @@ def _covered(field: str, names: tuple[str, ...]) -> bool:
 
 def _read(path: Path) -> dict:
     with contextlib.suppress(OSError, ValueError):
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(stored, dict):
             return stored
-    raise ConfigError(f"{path} cannot be read as the config of an earlier run")
+    raise ConfigError(f"{path} cannot be read as the {path.stem} of an earlier run")

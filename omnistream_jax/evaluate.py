@@ -5,7 +5,6 @@ A sequence that is finished has its file of numbers, written aside and renamed, 
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +16,16 @@ from ml_collections import ConfigDict
 import omnistream_jax
 from omnistream_jax import config as config_lib
 from omnistream_jax.config import ConfigError
-from omnistream_jax.convert.files import WeightsError, find_directory
+from omnistream_jax.convert.files import WeightsError, fingerprint
 from omnistream_jax.data.benchmarks.base import Benchmark
 from omnistream_jax.data.benchmarks.registry import OPENERS, open_benchmark
 from omnistream_jax.evals import geometry_plots, geometry_table
 from omnistream_jax.evals.camera_pose import PoseResult, aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.depth_metrics import ALIGNMENTS
 from omnistream_jax.evals.geometry_stream import SequenceStreamer
-from omnistream_jax.evals.result_files import ResultFiles, model_fingerprint, write_json
+from omnistream_jax.evals.result_files import ResultFiles, write_json
 from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
-from omnistream_jax.geometry_model import load_geometry
+from omnistream_jax.geometry_model import CONFIG_NAME, WEIGHTS_NAME, load_geometry
 from omnistream_jax.utils.lock import WorkdirLock
 
 SUMMARY, SETTINGS = "geometry.json", "settings.json"
@@ -63,7 +62,8 @@ def evaluate(config: ConfigDict) -> int:
     job = build(config)
     summary = job.files.folder / SUMMARY
     with _explained(job), WorkdirLock(job.files.folder):
-        _remember(job.files)
+        refusal = f"output: {summary.parent} holds results of other settings; use those, or another directory"
+        config_lib.remember_settings(job.files.settings, summary.with_name(SETTINGS), refusal)
         benchmarks = {benchmark.name: _evaluate_benchmark(job, benchmark) for benchmark in job.benchmarks}
         content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **_versions()}
         write_json(summary, content | {"benchmarks": benchmarks})
@@ -103,7 +103,7 @@ def build(config: ConfigDict) -> Job:
     settings = {name: config[name] for name in ("align", "long_side", "window", *fields)} | {
         "time_unit": config.time_unit or model.model.config.time_unit,
         "compute_dtype": model.model.backbone.dtype.name,
-        "model": model_fingerprint(find_directory(config.checkpoint)),
+        "model": fingerprint(config.checkpoint, CONFIG_NAME, WEIGHTS_NAME),
     }
     return Job(config, tuple(benchmarks), streamer, ResultFiles(Path(config.output), settings, config.plots))
 
@@ -146,23 +146,6 @@ def _results(job: Job, benchmark: Benchmark, skip: set[str]) -> Iterator[DepthRe
 def _versions() -> dict[str, Any]:
     versions = {"omnistream_jax": omnistream_jax.__version__, "jax": jax.__version__}
     return {"versions": versions, "device": jax.devices()[0].device_kind}
-
-
-def _remember(files: ResultFiles) -> None:
-    """Keep the settings in the output directory, and refuse others there."""
-    path = files.folder / SETTINGS
-    if not path.exists():
-        write_json(path, files.settings)
-        return
-    try:
-        lines = config_lib.diff(json.loads(path.read_text(encoding="utf-8")), files.settings)
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read as the settings of an earlier run") from error
-    if lines:
-        raise ConfigError(
-            f"output: {files.folder} holds results of other settings; use those, or another directory:\n  "
-            + "\n  ".join(lines)
-        )
 
 
 @contextlib.contextmanager

@@ -105,7 +105,8 @@ def extract(config: ConfigDict, process_index: int | None = None, process_count:
     items = list_items(config.input)
     job = build(config, index)
     with WorkdirLock(job.scratch):
-        _remember(job)
+        refusal = f"output: {job.output} holds features made with other settings; use those, or another directory"
+        config_lib.remember_settings(job.settings, job.output / "settings.json", refusal)
         mine = items[index::count]
         todo = [item for item in mine if not _is_finished(job, item)]
         _say(f"{len(mine)} items, {len(mine) - len(todo)} finished already, {len(todo)} to do")
@@ -142,24 +143,12 @@ def build(config: ConfigDict, process_index: int = 0) -> Job:
         raise ConfigError(str(error)) from error
     settings = dataclasses.asdict(frame) | dataclasses.asdict(feature)
     del settings["chunk"]  # how the frames are cut does not change the features
-    settings |= {"compute_dtype": model.backbone.dtype.name, "model": fingerprint(config.checkpoint)}
+    settings |= {"compute_dtype": model.backbone.dtype.name, "model": files.fingerprint(config.checkpoint)}
     output = Path(config.output)
     models = tuple(
         dataclasses.replace(model, params=jax.device_put(model.params, device)) for device in jax.local_devices()
     )
     return Job(models, frame, feature, settings, output, output / f".process-{process_index}")
-
-
-def fingerprint(checkpoint: str | os.PathLike) -> str:
-    """sha256 of a model directory: of config.json and of the weights' files, names and contents."""
-    directory = files.find_directory(checkpoint)
-    digest = hashlib.sha256()
-    single = directory / files.WEIGHTS_NAME
-    weights = [single] if single.exists() else [directory / files.INDEX_NAME, *sorted(directory.glob("*.safetensors"))]
-    for path in (directory / files.CONFIG_NAME, *weights):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _share(config: ConfigDict, index: int | None, count: int | None) -> tuple[int, int]:
@@ -190,26 +179,6 @@ def _feature_options(config: ConfigDict) -> FeatureOptions:
         **{field.name: config[field.name] for field in dataclasses.fields(FeatureOptions)}
         | {"tokens": tuple(token for token in TOKENS if token in tokens), "layers": tuple(config.layers)}
     )
-
-
-def _remember(job: Job) -> None:
-    """Keep the settings in the output directory, and refuse others there."""
-    path = job.output / "settings.json"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            lines = config_lib.diff(stored, json.loads(json.dumps(job.settings)))
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{path} cannot be read as the settings of an earlier run") from error
-        if lines:
-            raise ConfigError(
-                f"output: {job.output} holds features made with other settings; use those, or another directory:\n  "
-                + "\n  ".join(lines)
-            )
-        return
-    aside = job.scratch / "settings.json.tmp"
-    aside.write_text(json.dumps(job.settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 # One item

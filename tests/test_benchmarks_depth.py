@@ -1,11 +1,22 @@
 """Video-depth benchmarks: trees written by hand in the published layouts, read back; and how frames are sized."""
 
 import json
-import os
 import struct
 
 import numpy as np
 import pytest
+from benchmark_trees import (
+    DRIVE,
+    link_many,
+    only_sequence,
+    save_picture,
+    stored,
+    write_bonn,
+    write_dpt,
+    write_kitti,
+    write_kitti_published,
+    write_sintel,
+)
 from PIL import Image
 from world_cases import room
 
@@ -15,8 +26,6 @@ from omnistream_jax.data.benchmarks.registry import open_benchmark
 from omnistream_jax.data.errors import DataError
 
 BONN = ("balloon2", "crowd2", "crowd3", "person_tracking2", "synchronous")
-DRIVE = "2011_09_26_drive_0002"
-GATHERED = "depth_selection/val_selection_cropped"
 
 
 @pytest.fixture(scope="module")
@@ -24,58 +33,8 @@ def world():
     return room(frames=3, height=24, width=32)
 
 
-def save_picture(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def write_dpt(path, depth):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = depth.shape
-    numbers = depth.astype(np.float32).ravel().tolist()
-    path.write_bytes(struct.pack("<fii", 202021.25, width, height) + struct.pack(f"<{len(numbers)}f", *numbers))
-
-
-def stored(depth, scale):
-    return np.rint(depth * scale).astype(np.uint16)
-
-
-def write_sintel(training, world, name="alley_1"):
-    for number, (picture, depth) in enumerate(zip(world.frames, world.depth, strict=True), start=1):
-        save_picture(training / f"final/{name}/frame_{number:04d}.png", picture)
-        write_dpt(training / f"depth/{name}/frame_{number:04d}.dpt", depth)
-
-
-def write_bonn(base, world, name="crowd2", folders=("rgb_110", "depth_110"), before=0):
-    """`before` black frames come first; pictures and depth maps are taken at other times."""
-    for number in range(before + len(world.frames)):
-        place = number - before
-        picture = world.frames[place] if place >= 0 else np.zeros((4, 4, 3), np.uint8)
-        depth = stored(world.depth[place], 5000) if place >= 0 else np.full((4, 4), 300, np.uint16)
-        save_picture(base / f"rgbd_bonn_{name}/{folders[0]}/1548266{number:03d}.18551.png", picture)
-        save_picture(base / f"rgbd_bonn_{name}/{folders[1]}/1548266{number:03d}.19999.png", depth)
-
-
-def write_kitti_published(base, world):
-    for number, (picture, depth) in enumerate(zip(world.frames, world.depth, strict=True)):
-        save_picture(
-            base / f"val/{DRIVE}_sync/proj_depth/groundtruth/image_02/{number + 5:010d}.png", stored(depth, 256)
-        )
-        save_picture(base / f"2011_09_26/{DRIVE}_sync/image_02/data/{number + 5:010d}.png", picture)
-    for number in (*range(5), *range(8, 13)):  # a raw drive is longer than what is annotated
-        save_picture(base / f"2011_09_26/{DRIVE}_sync/image_02/data/{number:010d}.png", world.frames[0])
-
-
-def write_kitti_prepared(base, world, folder=f"{DRIVE}_sync_02"):
-    for number, (picture, depth) in enumerate(zip(world.frames, world.depth, strict=True)):
-        save_picture(base / f"{GATHERED}/image_gathered/{folder}/{number + 5:010d}.png", picture)
-        save_picture(base / f"{GATHERED}/groundtruth_depth_gathered/{folder}/{number + 5:010d}.png", stored(depth, 256))
-
-
-def only_sequence(name, root):
-    benchmark = open_benchmark(name, root, allow_incomplete=True)
-    assert len(benchmark) == 1
-    return benchmark.sequences[0]
+def write_crowd(root, world, **options):
+    write_bonn(root, "crowd2", world.frames, stored(world.depth, 5000), **options)
 
 
 def assert_reads(sequence, world, resolution):
@@ -86,8 +45,8 @@ def assert_reads(sequence, world, resolution):
 
 
 def test_sintel_is_read_back(tmp_path, world):
-    write_sintel(tmp_path / "training", world)
-    write_sintel(tmp_path / "training", world, "not_a_sequence")
+    write_sintel(tmp_path, "alley_1", world.frames, world.depth)
+    write_sintel(tmp_path, "not_a_sequence", world.frames, world.depth)
     (tmp_path / "training/final/alley_1/._frame_0001.png").write_bytes(b"what another system left")
     sequence = only_sequence("sintel_depth", tmp_path)
     assert sequence.name == "alley_1"
@@ -103,20 +62,22 @@ def test_a_sintel_depth_map_typed_by_hand(tmp_path):
 
 @pytest.mark.parametrize("below", ["", "rgbd_bonn_dataset", "bonn/rgbd_bonn_dataset"])
 def test_bonn_is_read_back_as_prepared(tmp_path, world, below):
-    write_bonn(tmp_path / below, world)
-    write_bonn(tmp_path / below, world, folders=("rgb", "depth"))  # both: the prepared one counts
+    write_crowd(tmp_path / below, world)
+    write_crowd(tmp_path / below, world, folders=("rgb", "depth"))  # both: the prepared one counts
     sequence = only_sequence("bonn_depth", tmp_path)
     assert sequence.name == "crowd2"
     assert_reads(sequence, world, 1.1e-4)
 
 
 def test_bonn_as_published_is_sliced_from_the_thirtieth_file(tmp_path, world):
-    write_bonn(tmp_path, world, folders=("rgb", "depth"), before=30)
+    before = np.zeros((30, 24, 32, 3), np.uint8), np.full((30, 24, 32), 300, np.uint16)
+    images, depth = map(np.concatenate, zip(before, (world.frames, stored(world.depth, 5000)), strict=True))
+    write_bonn(tmp_path, "crowd2", images, depth, folders=("rgb", "depth"))
     assert_reads(only_sequence("bonn_depth", tmp_path), world, 1.1e-4)
 
 
 def test_a_bonn_depth_map_of_known_numbers(tmp_path, world):
-    write_bonn(tmp_path, world)
+    write_crowd(tmp_path, world)
     path = only_sequence("bonn_depth", tmp_path).depth_paths[0]
     save_picture(path, np.array([[12345, 0], [65535, 1]], np.uint16))
     depth = only_sequence("bonn_depth", tmp_path).depth(0)
@@ -125,7 +86,7 @@ def test_a_bonn_depth_map_of_known_numbers(tmp_path, world):
 
 @pytest.mark.parametrize("below", ["", "kitti"])
 def test_kitti_is_read_back_as_published(tmp_path, world, below):
-    write_kitti_published(tmp_path / below, world)
+    write_kitti_published(tmp_path / below, world.frames, stored(world.depth, 256))
     sequence = only_sequence("kitti_depth", tmp_path)
     assert sequence.name == DRIVE
     assert_reads(sequence, world, 2e-3)
@@ -133,17 +94,11 @@ def test_kitti_is_read_back_as_published(tmp_path, world, below):
 
 @pytest.mark.parametrize("folder", [f"{DRIVE}_sync_02", f"{DRIVE}_02"])
 def test_kitti_is_read_back_as_prepared(tmp_path, world, folder):
-    write_kitti_prepared(tmp_path, world, folder)
+    write_kitti(tmp_path, world.frames, stored(world.depth, 256), folder)
     sequence = only_sequence("kitti_depth", tmp_path)
     assert_reads(sequence, world, 2e-3)
     save_picture(sequence.depth_paths[0], np.array([[5120, 0]], np.uint16))
     np.testing.assert_array_equal(sequence.depth(0), [[20.0, -1.0]])
-
-
-def link_many(source, folder, names):
-    folder.mkdir(parents=True)
-    for name in names:
-        os.link(source, folder / name)
 
 
 @pytest.fixture
@@ -192,7 +147,7 @@ def test_the_complete_kitti_keeps_110_frames_a_drive_at_most(tmp_path, small_fil
 
 
 def test_what_is_missing_is_named_unless_allowed(tmp_path, world):
-    write_bonn(tmp_path, world)
+    write_crowd(tmp_path, world)
     with pytest.raises(DataError, match=r"1 of 5 sequences, 3 of 550 frames \(balloon2: 0 of 110 .* crowd2: 3 of 110"):
         open_benchmark("bonn_depth", tmp_path)
     settings = json.loads(json.dumps(open_benchmark("bonn_depth", tmp_path, allow_incomplete=True).settings()))
@@ -236,15 +191,15 @@ def test_an_unknown_name_gets_a_suggestion(tmp_path):
 
 
 def test_frames_without_their_partner_are_refused(tmp_path, world):
-    write_sintel(tmp_path / "s/training", world)
+    write_sintel(tmp_path / "s", "alley_1", world.frames, world.depth)
     (tmp_path / "s/training/depth/alley_1/frame_0002.dpt").unlink()
     with pytest.raises(DataError, match=r"frame_0002\.dpt: there is no such file; expected the depth of .*0002\.png"):
         open_benchmark("sintel_depth", tmp_path / "s", allow_incomplete=True)
-    write_bonn(tmp_path / "b", world)
+    write_crowd(tmp_path / "b", world)
     next((tmp_path / "b/rgbd_bonn_crowd2/depth_110").iterdir()).unlink()
     with pytest.raises(DataError, match=r"rgb_110: 3 frames but 2 depth maps; expected one a frame"):
         open_benchmark("bonn_depth", tmp_path / "b", allow_incomplete=True)
-    write_kitti_published(tmp_path / "k", world)
+    write_kitti_published(tmp_path / "k", world.frames, stored(world.depth, 256))
     (tmp_path / f"k/2011_09_26/{DRIVE}_sync/image_02/data/0000000006.png").unlink()
     with pytest.raises(DataError, match=r"data/0000000006\.png: there is no such file; expected the picture of .*val"):
         open_benchmark("kitti_depth", tmp_path / "k", allow_incomplete=True)
@@ -270,7 +225,7 @@ def test_a_damaged_sintel_depth_map_is_named(tmp_path, content, message):
 
 
 def test_an_eight_bit_depth_map_is_refused(tmp_path, world):
-    write_bonn(tmp_path, world)
+    write_crowd(tmp_path, world)
     sequence = only_sequence("bonn_depth", tmp_path)
     save_picture(sequence.depth_paths[1], np.zeros((2, 2), np.uint8))
     with pytest.raises(DataError, match=r"19999\.png: expected a 16-bit PNG"):
@@ -324,7 +279,7 @@ def test_what_cannot_be_prepared_is_told(image, options, message):
 
 
 def test_a_sequence_is_prepared_upright_and_in_one_size(tmp_path, world):
-    write_bonn(tmp_path, world)
+    write_crowd(tmp_path, world)
     sequence = only_sequence("bonn_depth", tmp_path)
     frames = sequence.frames("resize", long_side=32, patch=8)
     np.testing.assert_array_equal(frames, world.frames)  # 32 x 24 already

@@ -1,83 +1,47 @@
 """Camera-pose benchmarks: trees written by hand in the published layouts, read back."""
 
-import os
 import struct
 
 import numpy as np
 import pytest
+from benchmark_trees import (
+    TUM,
+    link_many,
+    only_sequence,
+    save_picture,
+    tum_row,
+    write_cam,
+    write_scannet,
+    write_scannet_unpacked,
+    write_sintel,
+    write_tum,
+    write_tum_published,
+)
 from evo.tools import file_interface
-from PIL import Image
-from scipy.spatial.transform import Rotation
 from world_cases import camera_path
 
 from omnistream_jax.data.benchmarks import scannet, sintel, tum
 from omnistream_jax.data.benchmarks.registry import open_benchmark
 from omnistream_jax.data.errors import DataError
 
-TUM = "rgbd_dataset_freiburg3_walking_xyz"
 SCENE = "scene0708_00"
 
 
-def save_picture(path, shade, size=(8, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (shade, shade, shade)).save(path)
+def pictures(count, first=0):
+    """[count, 6, 8, 3], each of one shade: its number."""
+    shade = np.arange(first, first + count, dtype=np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(shade[:, None, None, None], (count, 6, 8, 3)))
 
 
 def shades(sequence):
-    """The shade of each frame, by which the writers tell them apart."""
+    """The shade of each frame, by which `pictures` tells them apart."""
     return [int(np.rint(sequence.frame(index).mean())) for index in range(len(sequence))]
-
-
-def only_sequence(name, root):
-    benchmark = open_benchmark(name, root, allow_incomplete=True)
-    assert len(benchmark) == 1
-    return benchmark.sequences[0]
-
-
-def write_cam(path, world_to_camera):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    intrinsics = [1120.0, 0.0, 511.5, 0.0, 1120.0, 217.5, 0.0, 0.0, 1.0]
-    numbers = [*intrinsics, *world_to_camera[:3].ravel().tolist()]
-    path.write_bytes(struct.pack("<f", 202021.25) + struct.pack("<21d", *numbers))
-
-
-def write_sintel(training, poses, name="ambush_4"):
-    for number, pose in enumerate(poses, start=1):
-        save_picture(training / f"final/{name}/frame_{number:04d}.png", number)
-        write_cam(training / f"camdata_left/{name}/frame_{number:04d}.cam", np.linalg.inv(pose))
-
-
-def tum_row(time, pose):
-    quaternion = Rotation.from_matrix(pose[:3, :3]).as_quat()  # x, y, z, w
-    return " ".join(f"{number:.9f}" for number in (time, *pose[:3, 3], *quaternion))
-
-
-def write_tum(folder, poses, picture_times, pose_times):
-    for number, time in enumerate(picture_times):
-        save_picture(folder / f"rgb/{time:.6f}.png", number)
-    listed = "".join(f"{time:.6f} rgb/{time:.6f}.png\n" for time in picture_times)
-    (folder / "rgb.txt").write_text("# color images\n# file: 'x.bag'\n# timestamp filename\n" + listed)
-    rows = [tum_row(time, pose) for time, pose in zip(pose_times, poses, strict=True)]
-    (folder / "groundtruth.txt").write_text("# ground truth\n# timestamp tx ty tz qx qy qz qw\n" + "\n".join(rows))
-
-
-def write_scannet_prepared(scene, poses):
-    for number in range(len(poses)):
-        save_picture(scene / f"color_90/frame_{number:04d}.jpg", number)
-    (scene / "pose_90.txt").write_text("".join(" ".join(map(str, pose.ravel())) + "\n" for pose in poses))
-
-
-def write_scannet_unpacked(scene, poses):
-    for number, pose in enumerate(poses):
-        save_picture(scene / f"color/{number}.jpg", number)
-        (scene / "pose").mkdir(exist_ok=True)
-        np.savetxt(scene / f"pose/{number}.txt", pose, fmt="%f")  # six digits, as SensReader writes
 
 
 def test_sintel_is_read_back_with_its_mean_position_as_origin(tmp_path):
     poses = camera_path(4)
-    write_sintel(tmp_path / "training", poses)
-    write_sintel(tmp_path / "training", poses, "alley_1")  # its camera stands still: none of the fourteen
+    write_sintel(tmp_path, "ambush_4", pictures(4, 1), cam_to_world=poses)
+    write_sintel(tmp_path, "alley_1", pictures(4), cam_to_world=poses)  # its camera stands still: none of the fourteen
     sequence = only_sequence("sintel_pose", tmp_path)
     assert sequence.name == "ambush_4"
     assert shades(sequence) == [1, 2, 3, 4]
@@ -103,7 +67,7 @@ def test_a_sintel_camera_typed_by_hand(tmp_path):
     ],
 )
 def test_a_damaged_sintel_camera_is_named(tmp_path, content, message):
-    write_sintel(tmp_path / "training", camera_path(2))
+    write_sintel(tmp_path, "ambush_4", pictures(2), cam_to_world=camera_path(2))
     (tmp_path / "training/camdata_left/ambush_4/frame_0002.cam").write_bytes(content)
     with pytest.raises(DataError, match=rf"frame_0002\.cam: expected a Sintel camera .*{message}"):
         open_benchmark("sintel_pose", tmp_path, allow_incomplete=True)
@@ -113,7 +77,7 @@ def test_tum_is_matched_by_time_and_thinned(tmp_path):
     poses = camera_path(30)
     picture_times = 1341845948.7 + np.arange(10) / 10
     pose_times = picture_times[0] - 0.005 + np.arange(30) / 30
-    write_tum(tmp_path / TUM, poses, picture_times, pose_times)
+    write_tum_published(tmp_path / TUM, pictures(10), poses, picture_times, pose_times)
     sequence = only_sequence("tum_pose", tmp_path)
     assert sequence.name == TUM
     assert shades(sequence) == [0, 3, 6, 9]
@@ -126,9 +90,7 @@ def test_tum_is_matched_by_time_and_thinned(tmp_path):
 
 def test_tum_is_read_back_as_prepared(tmp_path):
     poses, times = camera_path(3), np.array([1.0, 1.1, 1.2])
-    write_tum(tmp_path / "tum" / TUM, poses, times, times)
-    (tmp_path / "tum" / TUM / "rgb").rename(tmp_path / "tum" / TUM / "rgb_90")
-    (tmp_path / "tum" / TUM / "groundtruth.txt").rename(tmp_path / "tum" / TUM / "groundtruth_90.txt")
+    write_tum(tmp_path / "tum" / TUM, pictures(3), poses, times)
     sequence = only_sequence("tum_pose", tmp_path)
     assert shades(sequence) == [0, 1, 2]
     np.testing.assert_allclose(sequence.cam_to_world, poses, atol=1e-8)
@@ -157,7 +119,7 @@ def test_matches_equal_those_over_all_pairs(seed):
 
 
 def test_tum_pictures_that_no_pose_goes_with_are_refused(tmp_path):
-    write_tum(tmp_path / TUM, camera_path(2), [1.0, 1.1], [5.0, 5.1])
+    write_tum_published(tmp_path / TUM, pictures(2), camera_path(2), [1.0, 1.1], [5.0, 5.1])
     with pytest.raises(DataError, match=r"rgb\.txt: no picture within 0\.02 s of a pose"):
         open_benchmark("tum_pose", tmp_path, allow_incomplete=True)
 
@@ -171,7 +133,7 @@ def test_tum_pictures_that_no_pose_goes_with_are_refused(tmp_path):
     ],
 )
 def test_a_broken_trajectory_is_named(tmp_path, row, message):
-    write_tum(tmp_path / TUM, camera_path(1), [1.0], [1.0])
+    write_tum_published(tmp_path / TUM, pictures(1), camera_path(1), [1.0], [1.0])
     (tmp_path / TUM / "groundtruth.txt").write_text(row + "\n")
     with pytest.raises(DataError, match=rf"groundtruth\.txt: expected .*{message}"):
         open_benchmark("tum_pose", tmp_path, allow_incomplete=True)
@@ -180,8 +142,9 @@ def test_a_broken_trajectory_is_named(tmp_path, row, message):
 @pytest.mark.parametrize("below", ["", "scannetv2"])
 def test_scannet_is_read_back_as_prepared(tmp_path, below):
     poses = camera_path(5)
-    write_scannet_prepared(tmp_path / below / SCENE, poses)
-    write_scannet_prepared(tmp_path / below / "scene0711_00", np.full((5, 4, 4), -np.inf))  # excluded: never read
+    write_scannet(tmp_path / below, SCENE, pictures(5), poses)
+    excluded = "scene0711_00"
+    write_scannet(tmp_path / below, excluded, pictures(5), np.full((5, 4, 4), -np.inf))  # never read
     sequence = only_sequence("scannet_pose", tmp_path)
     assert sequence.name == SCENE
     assert shades(sequence) == [0, 1, 2, 3, 4]
@@ -192,7 +155,7 @@ def test_scannet_is_read_back_as_prepared(tmp_path, below):
 @pytest.mark.parametrize("below", ["", "scans", "scans_test"])
 def test_scannet_as_unpacked_is_thinned_in_the_order_of_numbers(tmp_path, below):
     poses = camera_path(12)  # by name 10 and 11 would come before 2
-    write_scannet_unpacked(tmp_path / below / SCENE, poses)
+    write_scannet_unpacked(tmp_path / below, SCENE, pictures(12), poses)
     sequence = only_sequence("scannet_pose", tmp_path)
     assert shades(sequence) == [0, 3, 6, 9]
     np.testing.assert_allclose(sequence.cam_to_world, poses[::3], atol=2e-6)
@@ -201,7 +164,7 @@ def test_scannet_as_unpacked_is_thinned_in_the_order_of_numbers(tmp_path, below)
 
 
 def test_poses_that_cannot_be_scored_are_named(tmp_path):
-    write_scannet_unpacked(tmp_path / "a" / SCENE, camera_path(4))
+    write_scannet_unpacked(tmp_path / "a", SCENE, pictures(4), camera_path(4))
     np.savetxt(tmp_path / "a" / SCENE / "pose/3.txt", np.full((4, 4), -np.inf))
     with pytest.raises(DataError, match=r"pose/3\.txt: its pose is not finite"):
         open_benchmark("scannet_pose", tmp_path / "a", allow_incomplete=True)
@@ -210,11 +173,11 @@ def test_poses_that_cannot_be_scored_are_named(tmp_path):
         open_benchmark("scannet_pose", tmp_path / "a", allow_incomplete=True)
     poses = camera_path(2)
     poses[1, :3, :3] *= 2
-    write_scannet_prepared(tmp_path / "b" / SCENE, poses)
+    write_scannet(tmp_path / "b", SCENE, pictures(2), poses)
     with pytest.raises(DataError, match=r"pose_90\.txt, row 1: its pose is no rotation and translation"):
         open_benchmark("scannet_pose", tmp_path / "b", allow_incomplete=True)
-    write_scannet_prepared(tmp_path / "c" / SCENE, camera_path(2))
-    save_picture(tmp_path / "c" / SCENE / "color_90/frame_0002.jpg", 3)
+    write_scannet(tmp_path / "c", SCENE, pictures(2), camera_path(2))
+    save_picture(tmp_path / "c" / SCENE / "color_90/frame_0002.jpg", pictures(1)[0])
     with pytest.raises(DataError, match=r"color_90: 3 frames but 2 poses; expected one a frame"):
         open_benchmark("scannet_pose", tmp_path / "c", allow_incomplete=True)
 
@@ -230,12 +193,6 @@ def test_poses_that_cannot_be_scored_are_named(tmp_path):
 def test_another_layout_is_refused_by_what_was_expected(tmp_path, name, expected):
     with pytest.raises(DataError, match=rf"{tmp_path}: holds no .*{expected}"):
         open_benchmark(name, tmp_path, allow_incomplete=True)
-
-
-def link_many(source, folder, names):
-    folder.mkdir(parents=True)
-    for name in names:
-        os.link(source, folder / name)
 
 
 def write_complete(root, picture, poses):
@@ -260,7 +217,7 @@ def write_complete(root, picture, poses):
 
 
 def test_complete_benchmarks_are_accepted_and_a_missing_frame_is_not(tmp_path):
-    save_picture(tmp_path / "picture.png", 7)
+    save_picture(tmp_path / "picture.png", pictures(1)[0])
     write_complete(tmp_path, tmp_path / "picture.png", camera_path(300))
     counts = {name: open_benchmark(name, tmp_path).counts() for name in ("sintel_pose", "tum_pose", "scannet_pose")}
     assert {name: count.describe() for name, count in counts.items()} == {
@@ -278,8 +235,8 @@ def test_complete_benchmarks_are_accepted_and_a_missing_frame_is_not(tmp_path):
 
 
 def test_poses_are_sized_by_cropping(tmp_path):
-    write_scannet_prepared(tmp_path / SCENE, camera_path(1))
+    write_scannet(tmp_path, SCENE, pictures(1), camera_path(1))
     benchmark = open_benchmark("scannet_pose", tmp_path, allow_incomplete=True)
     assert (benchmark.task, benchmark.mode, benchmark.max_depth, benchmark.clip_max) == ("pose", "crop", None, None)
-    save_picture(tmp_path / SCENE / "color_90/frame_0000.jpg", 50, size=(1296, 968))
+    save_picture(tmp_path / SCENE / "color_90/frame_0000.jpg", np.full((968, 1296, 3), 50, np.uint8))
     assert benchmark.sequences[0].frames(benchmark.mode).shape == (1, 368, 512, 3)

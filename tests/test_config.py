@@ -186,6 +186,21 @@ def test_a_cut_stored_config_is_named(config_file, tmp_path):
         configs.remember(configs.load(str(config_file)), tmp_path)
 
 
+def test_settings_that_are_no_config_are_kept_and_refused_alike(tmp_path):
+    path = tmp_path / "settings.json"
+    configs.remember_settings({"sizes": (1, 2), "window": 0}, path, "output: made otherwise")
+    before = path.read_bytes()
+    configs.remember_settings({"window": 0, "sizes": [1, 2]}, path, "output: made otherwise")
+    with pytest.raises(configs.ConfigError) as caught:
+        configs.remember_settings({"sizes": (1, 3), "window": 0}, path, "output: made otherwise")
+    assert str(caught.value) == "output: made otherwise:\n  sizes: [1, 2] -> [1, 3]"
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_text("[]")
+    with pytest.raises(configs.ConfigError, match=r"settings\.json cannot be read as the settings of an earlier run"):
+        configs.remember_settings({}, path, "output: made otherwise")
+
+
 def test_a_field_that_json_does_not_know_is_named():
     with pytest.raises(configs.ConfigError, match=r"model\.width must be a JSON value, got set"):
         configs.to_plain(ConfigDict({"model": {"width": {1, 2}}}))

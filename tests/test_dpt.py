@@ -89,7 +89,7 @@ def test_uv_embedding_agrees_with_depth_anything_3():
         assert relative_error(rows[:, None] + columns, golden.outputs[f"{case}/embed"]) <= 1e-6
 
 
-def test_head_starts_near_depth_one_and_rays_zero_on_a_tall_image():
+def test_head_starts_near_depth_one_and_rays_straight_ahead_on_a_tall_image():
     """Three rows of one patch: the coarsest level has an odd height, and a single column."""
     random = np.random.default_rng(0)
     features = [random.normal(size=(2, 2, 3, 1, 12)).astype(np.float32) for _ in range(4)]
@@ -98,9 +98,11 @@ def test_head_starts_near_depth_one_and_rays_zero_on_a_tall_image():
     assert maps.depth.shape == maps.depth_confidence.shape == (2, 2, 48, 16)
     assert maps.rays.shape == (2, 2, 24, 8, 6)
     assert maps.ray_confidence.shape == (2, 2, 24, 8)
-    for name, value in {"depth": 1, "depth_confidence": 2, "rays": 0, "ray_confidence": 2}.items():
-        np.testing.assert_allclose(getattr(maps, name), value, atol=0.1, err_msg=name)
-        assert np.std(getattr(maps, name)) > 1e-4, name  # the features count from the start
+    ahead = np.array([0, 0, 0, 0, 0, 1])
+    for name, value in {"depth": 1, "depth_confidence": 2, "rays": ahead, "ray_confidence": 2}.items():
+        found = np.asarray(getattr(maps, name)) - value
+        np.testing.assert_allclose(found, 0, atol=0.1, err_msg=name)
+        assert np.std(found) > 1e-4, name  # the features count from the start
 
 
 def test_bfloat16_head_has_float32_params_and_maps_near_those_of_float32(golden):

@@ -19,6 +19,7 @@ from benchmark_trees import (
     SCENES,
     TUM,
     folder_of,
+    opened,
     world_scenes,
     write_scannet,
     write_sintel,
@@ -30,7 +31,7 @@ from omnistream_jax import config as config_lib
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.benchmarks.preprocess import prepare_frames
-from omnistream_jax.data.benchmarks.registry import OPENERS, open_benchmark
+from omnistream_jax.data.benchmarks.registry import OPENERS
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals.depth_metrics import sequence_depth_metrics
 from omnistream_jax.evals.geometry_stream import SequenceStreamer
@@ -53,10 +54,6 @@ def clips():
 @pytest.fixture(scope="module")
 def trees(clips, tmp_path_factory):
     return write_trees(tmp_path_factory.mktemp("benchmarks"), clips)
-
-
-def opened(name, root):
-    return open_benchmark(name, root, allow_incomplete=True)
 
 
 # The model as a predictor

@@ -20,9 +20,10 @@ import omnistream_jax
 from omnistream_jax import config as config_lib
 from omnistream_jax import extract as extract_lib
 from omnistream_jax.config import ConfigError
+from omnistream_jax.convert import files
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.errors import DataError
-from omnistream_jax.extract import extract, fingerprint, safe_name
+from omnistream_jax.extract import extract, safe_name
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -277,7 +278,7 @@ def test_other_settings_in_the_same_directory_are_refused(config_for, undisturbe
 def test_another_model_in_the_same_directory_is_refused(config_for, undisturbed, checkpoint, tmp_path):
     random_model().save(tmp_path / "same")
     random_model(seed=1).save(tmp_path / "other")
-    assert fingerprint(tmp_path / "same") == fingerprint(checkpoint)
+    assert files.fingerprint(tmp_path / "same") == files.fingerprint(checkpoint)
     with pytest.raises(ConfigError, match=r"made with other settings.*\n  model: "):
         extract(config_for(undisturbed[0], checkpoint=str(tmp_path / "other")))
 

@@ -8,6 +8,7 @@ from benchmark_trees import (
     SCENES,
     SIZE,
     folder_of,
+    opened,
     stored,
     world_scenes,
     write_bonn,
@@ -19,7 +20,6 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from omnistream_jax.data.benchmarks.preprocess import prepare_frames
-from omnistream_jax.data.benchmarks.registry import open_benchmark
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals.camera_pose import aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.video_depth import aggregate_depth, evaluate_video_depth
@@ -33,10 +33,6 @@ def clips():
 @pytest.fixture(scope="module")
 def trees(clips, tmp_path_factory):
     return write_trees(tmp_path_factory.mktemp("benchmarks"), clips)
-
-
-def opened(name, root):
-    return open_benchmark(name, root, allow_incomplete=True)
 
 
 def in_turn(*predictions):

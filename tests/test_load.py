@@ -413,6 +413,24 @@ def test_a_missing_shard_is_named(directory):
     assert error_of(directory) == f"{shard}: no such file"
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_fingerprint_sees_the_files_that_are_read_and_no_others(directory, sharded):
+    weights = {"model.safetensors"}
+    if sharded:
+        weights = {"model.safetensors.index.json", *write_shards(directory).values()}
+    for name in ("heads.json", "other.json", "other.safetensors"):
+        (directory / name).write_bytes(b"{}")
+
+    def is_seen(name):
+        before = files.fingerprint(directory, "heads.json")
+        with (directory / name).open("ab") as file:
+            file.write(b" ")
+        return files.fingerprint(directory, "heads.json") != before
+
+    seen = {path.name for path in directory.iterdir() if is_seen(path.name)}
+    assert seen == {"config.json", "heads.json", *weights}
+
+
 @pytest.mark.parametrize("outside", ["../stolen.safetensors", "/etc/passwd", "sub/shard.safetensors", "..", ""])
 def test_an_index_may_not_name_another_place(outside, directory):
     shutil.copy(directory / "model.safetensors", directory.parent / "stolen.safetensors")

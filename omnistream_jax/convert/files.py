@@ -1,5 +1,6 @@
 """Reading and writing directories of `config.json` + `model.safetensors`, with errors that name the file."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -80,15 +81,9 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise WeightsError(f"{index}: expected an object 'weight_map' from tensor names to file names")
+    weight_map = _read_index(index)
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or shard in ("", ".."):
-            raise WeightsError(f"{index}: the shard {shard!r} is not a plain file name")
-        if Path(shard).suffix in _PICKLED:
-            raise WeightsError(_pickle_message(index.parent / shard))
         content = read_tensor_file(index.parent / shard)
         listed = {name for name, file in weight_map.items() if file == shard}
         if listed != set(content):
@@ -96,6 +91,37 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
             raise WeightsError(f"{index.parent / shard}: missing {missing}, not in the index {extra}")
         tensors.update(content)
     return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, in the folder of the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightsError(f"{index}: expected an object 'weight_map' from tensor names to file names")
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or shard in ("", ".."):
+            raise WeightsError(f"{index}: the shard {shard!r} is not a plain file name")
+        if Path(shard).suffix in _PICKLED:
+            raise WeightsError(_pickle_message(index.parent / shard))
+    return weight_map
+
+
+def fingerprint(path: str | os.PathLike, *others: str) -> str:
+    """sha256 of what `find_directory(path)` holds: names and contents of config.json, of the weights and of `others`.
+
+    Args:
+        path: a directory or hub id whose weights can be read.
+        others: names of further files in it, of heads for instance.
+    """
+    directory = find_directory(path)
+    weights = [WEIGHTS_NAME]
+    if not (directory / WEIGHTS_NAME).exists():
+        weights = [INDEX_NAME, *sorted(set(_read_index(directory / INDEX_NAME).values()))]
+    digest = hashlib.sha256()
+    for name in (CONFIG_NAME, *weights, *others):
+        with (directory / name).open("rb") as file:
+            digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def read_tensor_file(path: Path) -> dict[str, np.ndarray]:

@@ -132,8 +132,8 @@ def fit_scale(prediction: Array, target: Array, valid: Array, iterations: int = 
 
     Returns:
         [...]; NaN where no pixel is valid or the valid predictions sum to 0. Gradients flow through every iteration.
-        A weight can reach 1e8, so rounding errors grow: float32 may differ from float64 by 1e-3 on a few hundred
-        pixels, and by far less on whole sequences.
+        A weight can reach 1e8, so rounding errors grow: in float32 the scale is noisy, up to 5e-3 of it on a few
+        hundred pixels (0.4 % was measured on 350), and far less on whole sequences.
 
     Raises:
         ValueError: shapes that do not fit.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from omnistream_jax.models.block import LayerNorm
@@ -55,7 +56,7 @@ class DualDPT(nn.Module):
     Depth Anything 3 makes output layers for every level of the ray chain and uses the last alone; only that one is
     here. Kernels start LeCun-normal (Flax's default; PyTorch's uniform has a third of the variance, and the chain of
     linear layers would fade), biases zero; the output layers start near zero, so that depth starts about 1,
-    the confidences about 2, and the rays about 0.
+    the confidences about 2, and the rays straight ahead from the first camera.
     Parameters are float32; the layers run in `dtype`; norms and everything after the output layers are float32.
 
     Attributes:
@@ -142,17 +143,23 @@ class DualDPT(nn.Module):
             x = _conv(self.features if i % 2 else self.features // 2, self.dtype, f"ray_neck_{i}")(x)
         x = _conv(HIDDEN_WIDTH, self.dtype, "ray_hidden")(add_uv_embedding(x, aspect))
         x = nn.relu(LayerNorm(NORM_EPSILON, self.dtype, name="ray_norm")(x))
-        return self._output(7, "ray_output")(x)
+        return self._output(7, "ray_output", _forward)(x)
 
-    def _output(self, channels: int, name: str) -> nn.Dense:
+    def _output(self, channels: int, name: str, bias_init: Initializer = nn.initializers.zeros) -> nn.Dense:
         """An output layer; its sums are kept in float32, where a bfloat16 result would round the depth."""
         return nn.Dense(
             channels,
             dtype=self.dtype,
             kernel_init=OUTPUT_INIT,
+            bias_init=bias_init,
             dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
             name=name,
         )
+
+
+def _forward(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Rays that leave the first camera's centre straight ahead; the key is unused."""
+    return jnp.array([0, 0, 0, 0, 0, 1, 0], dtype).reshape(shape)
 
 
 class SplitCells(nn.Module):
