@@ -58,7 +58,7 @@ def _paper() -> ConfigDict:
 
     # Sizes: tiny, small, base, large (models/presets.py). patch_size 0 is the preset's. dtype auto: bfloat16 on
     # accelerators. remat recomputes each block in the backward pass, for less memory. layer_scale: LayerScale's value
-    # at the start of training from scratch.
+    # and kernel_std the standard deviation of kernels at the start of training from scratch.
     config.model = ConfigDict(
         {
             "preset": "large",
@@ -68,6 +68,7 @@ def _paper() -> ConfigDict:
             "dtype": "auto",
             "remat": False,
             "layer_scale": 0.01,
+            "kernel_std": 0.02,
         }
     )
     config.init = ConfigDict({"backbone": ""})
@@ -210,10 +211,10 @@ def _quick_start(config: ConfigDict) -> None:
         task.update({"paths": "embedded", "weight": 1.0, "global_size": 96, "local_size": 48})
     config.tasks.image_ssl.batch_size = 16
     config.tasks.clip_ssl.update({"batch_size": 4, "frames": 4})
-    config.geometry.update({"features": 32, "out_channels": (16, 32, 64, 64), "rope_jitter": 1.0})
-    posed = {"paths": "embedded", "batch_size": 2, "frames": 4, "height": 96, "width": 96}
+    config.geometry.update({"features": 16, "out_channels": (16, 16, 32, 32), "rope_jitter": 1.0})
+    posed = {"paths": "embedded", "batch_size": 2, "frames": 4, "height": 64, "width": 64}
     config.tasks.clip_geometry.update(posed)
     config.loader.update({"workers": 0, "prefetch": 4})
     config.log_every = 10
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
-    config.evaluation.update({"retrieval_size": 96, "geometry_size": 96})
+    config.evaluation.update({"retrieval_size": 96, "geometry_scenes": 16, "geometry_size": 64})

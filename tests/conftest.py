@@ -9,3 +9,11 @@ def compilation_cache(tmp_path_factory):
     """Programs that several tests compile are compiled once a session."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that compile far more than they compute: the compiler hardly optimises, in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -42,6 +42,7 @@ from omnistream_jax.geometry_model import build_geometry_model
 from omnistream_jax.models.geometry import GeometryHeads, geometry_config
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = str(REPOSITORY / "configs" / "evaluate_geometry.py")
 
@@ -128,6 +129,7 @@ def command(config):
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
     return subprocess.run(
         [sys.executable, "-m", "omnistream_jax.main", f"--config={CONFIG}"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from geometry_cases import compiled
 from goldens import load_golden, relative_error
 from scipy.spatial.transform import Rotation
 
@@ -21,11 +22,13 @@ from omnistream_jax.losses.geometry import (
 
 TOLERANCE = 1e-4
 
-# Compiled whole, as training does; it is faster than operation by operation.
-depth = jax.jit(depth_loss, static_argnames=("alpha", "gradient_scales"))
-rays = jax.jit(ray_loss, static_argnames="alpha")
-points_between = jax.jit(point_loss, static_argnames="norm")
-cameras = jax.jit(camera_loss, static_argnames="weights")
+# Compiled whole, as training does, and once for all tests of a shape; it is faster than operation by operation.
+depth = compiled(depth_loss, static_argnames=("alpha", "gradient_scales"))
+depth_to_confidence = compiled(jax.grad(depth_loss, argnums=1))
+rays = compiled(ray_loss, static_argnames="alpha")
+points_between = compiled(point_loss, static_argnames="norm")
+cameras = compiled(camera_loss, static_argnames="weights")
+cameras_to_prediction = compiled(jax.grad(camera_loss))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def depth_arrays(golden):
 
 
 def test_depth_agrees_with_vggt(golden):
-    differentiate = jax.jit(jax.value_and_grad(total_and_pieces(vggt_depth_loss), argnums=(0, 1), has_aux=True))
+    differentiate = compiled(jax.value_and_grad(total_and_pieces(vggt_depth_loss), argnums=(0, 1), has_aux=True))
     (_, pieces), (to_depth, to_confidence) = differentiate(*depth_arrays(golden))
     check_pieces(pieces, golden, "depth", "depth")
     assert relative_error(to_depth[..., None], golden.grads["depth_total/d_pred_depth"]) <= TOLERANCE
@@ -66,13 +69,13 @@ def test_depth_agrees_with_vggt(golden):
     ("case", "options"), [("depth_q98", {"valid_range": 0.98}), ("depth_gradconf", {"weigh_gradient": True})]
 )
 def test_the_options_of_depth_agree_with_vggt(golden, case, options):
-    pieces = jax.jit(functools.partial(vggt_depth_loss, **options))(*depth_arrays(golden))
+    pieces = compiled(functools.partial(vggt_depth_loss, **options))(*depth_arrays(golden))
     check_pieces(pieces, golden, case, "depth")
 
 
 def test_points_agree_with_vggt(golden):
     inputs, target = golden.inputs, golden.outputs["norm/world_points"]
-    differentiate = jax.jit(jax.value_and_grad(total_and_pieces(vggt_point_loss), has_aux=True))
+    differentiate = compiled(jax.value_and_grad(total_and_pieces(vggt_point_loss), has_aux=True))
     (_, pieces), gradient = differentiate(inputs["pred_points"], inputs["pred_points_conf"], target, inputs["mask"])
     check_pieces(pieces, golden, "point_normal", "point")
     assert relative_error(gradient, golden.grads["point_normal_total/d_pred_points"]) <= TOLERANCE
@@ -100,7 +103,7 @@ def test_cameras_agree_with_vggt(golden):
     target = camera_target(golden)
     predictions = [golden.inputs[f"pose_enc_list.{index}"] for index in range(2)]
     valid = np.broadcast_to(golden.inputs["mask"][:, :1].sum((2, 3)) > 100, target.shape[:2])
-    differentiate = jax.jit(jax.value_and_grad(total_and_pieces(vggt_camera_loss), has_aux=True))
+    differentiate = compiled(jax.value_and_grad(total_and_pieces(vggt_camera_loss), has_aux=True))
     (_, pieces), gradients = differentiate(predictions, target, valid)
     expected = {"translation": "T", "rotation": "R", "field": "FL", "total": "camera"}
     for name, theirs in expected.items():
@@ -144,28 +147,22 @@ def test_depth_at_two_scales():
 
 @pytest.mark.parametrize("residual", [0.05, 0.4])
 def test_the_best_confidence_is_alpha_over_the_residual(residual):
-    shape = (1, 1, 3, 4)
+    shape = (1, 1, 2, 2)
     prediction, target, valid = np.full(shape, residual, np.float32), np.zeros(shape, np.float32), np.ones(shape, bool)
-    best = 0.2 / residual
-
-    def loss(confidence):
-        return depth(prediction, confidence, target, valid)
-
-    gradient = jax.jit(jax.grad(loss))(np.full(shape, best, np.float32))
-    assert np.max(np.abs(gradient)) < 1e-6
-    at_best, below, above = (float(loss(np.full(shape, share * best, np.float32))) for share in (1, 0.8, 1.2))
+    best = np.full(shape, 0.2 / residual, np.float32)
+    assert np.max(np.abs(depth_to_confidence(prediction, best, target, valid))) < 1e-6
+    at_best, below, above = (depth(prediction, share * best, target, valid) for share in np.float32([1, 0.8, 1.2]))
     assert at_best < min(below, above)
 
 
 def test_the_best_confidence_counts_the_differences_too():
     sums = maps([0.5 + 1.5 + 0.5, 1 + 2], [0 + 3, 3])
-    valid = np.ones((1, 1, 2, 2), bool)
-    gradient = jax.jit(jax.grad(depth_loss, argnums=1))(PREDICTION, 0.2 / sums, TARGET, valid)
+    gradient = depth_to_confidence(PREDICTION, np.float32(0.2) / sums, TARGET, np.ones((1, 1, 2, 2), bool))
     assert np.max(np.abs(gradient)) < 1e-6
 
 
 def test_the_resolution_does_not_change_the_loss():
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(compiled, static_argnums=0)
     def losses(side):
         shape = (2, 3, side, side)
         valid = jnp.ones(shape, bool)
@@ -186,7 +183,7 @@ def test_points_by_hand_in_both_norms():
 
 def test_equal_points_have_a_finite_gradient_in_the_two_norm():
     points, valid = np.ones((1, 1, 2, 2, 3), np.float32), np.ones((1, 1, 2, 2), bool)
-    gradient = jax.grad(functools.partial(points_between, norm="l2"))(points, points, valid)
+    gradient = compiled(jax.grad(functools.partial(point_loss, norm="l2")))(points, points, valid)
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -196,7 +193,7 @@ def test_normals_of_a_plane_point_one_way_and_need_three_pixels():
     valid = np.ones((3, 4), bool)
     valid[0, 0] = False
     points[0, 0] = np.nan
-    normals, corners = jax.tree.map(np.asarray, jax.jit(corner_normals)(points, valid))
+    normals, corners = compiled(corner_normals)(points, valid)
     # Down x right of a camera that looks along z: the normal of z = 2 x that points at the camera.
     np.testing.assert_allclose(normals[corners], np.tile([2, 0, -1] / np.sqrt(5), (21, 1)), atol=1e-6)
     np.testing.assert_array_equal(corners[:, 0, 0], [False, False, False, True])
@@ -233,16 +230,17 @@ def test_confidence_of_rays_is_trained_where_it_is_given():
     origins = np.broadcast_to([[True], [False]], (2, 5))
     directions = np.arange(10).reshape(2, 5) > 1
     confidence = np.linspace(0.5, 2, 10, dtype=np.float32).reshape(2, 5)
-    loss = functools.partial(rays, prediction, target, origins, directions)
+    arrays = prediction, target, origins, directions
     errors = np.abs(prediction - target)
     expected = (
         (confidence * errors[..., :3].sum(-1))[origins].mean()
         + (confidence * errors[..., 3:].sum(-1))[directions].mean()
         - 0.3 * np.log(confidence)[origins | directions].mean()
     )
-    np.testing.assert_allclose(loss(confidence, alpha=0.3), expected, rtol=1e-5)
-    np.testing.assert_allclose(loss(np.ones_like(confidence)), loss(), rtol=1e-6)
-    assert np.all(np.asarray(jax.jit(jax.grad(loss))(confidence))[origins | directions] != 0)
+    np.testing.assert_allclose(rays(*arrays, confidence, alpha=0.3), expected, rtol=1e-5)
+    np.testing.assert_allclose(rays(*arrays, np.ones_like(confidence), alpha=0.3), rays(*arrays), rtol=1e-6)
+    gradient = compiled(jax.grad(ray_loss, argnums=4))(*arrays, confidence)
+    assert np.all(gradient[origins | directions] != 0)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -258,15 +256,14 @@ def test_each_mask_of_cameras_switches_its_part(part):
     np.testing.assert_allclose(cameras(prediction, target, *masks), expected, rtol=1e-6)
     weighted = (means * weights).sum() - means[part] * weights[part]
     np.testing.assert_allclose(cameras(prediction, target, *masks, weights=weights), weighted, rtol=1e-6)
-    gradient = jax.jit(jax.grad(camera_loss))(prediction, target, *masks)
-    switched_off = np.split(np.asarray(gradient), [3, 7], axis=-1)
+    switched_off = np.split(cameras_to_prediction(prediction, target, *masks), [3, 7], axis=-1)
     assert [bool(np.any(values)) for values in switched_off] == [index != part for index in range(3)]
 
 
 def test_vggt_clips_translations_and_the_last_round_weighs_most():
     target, valid = np.zeros((1, 2, 9), np.float32), np.ones((1, 2), bool)
     far = target + np.array([1e4] + [0] * 8, np.float32)
-    loss = jax.jit(vggt_camera_loss)
+    loss = compiled(vggt_camera_loss)
     first, last = loss([far, target], target, valid), loss([target, far], target, valid)
     np.testing.assert_allclose(first.total, 0.6 * 100 / 3 / 2, rtol=1e-6)
     np.testing.assert_allclose(last.total, 100 / 3 / 2, rtol=1e-6)
@@ -301,7 +298,7 @@ def test_what_lies_outside_a_mask_has_no_influence(name):
     confidence = rng.uniform(1, 2, cells).astype(np.float32)
     valid = rng.uniform(size=cells) < 0.7
     confidence[~valid] = 1  # VGGT's weighted differences count log c outside the mask as well
-    differentiate = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    differentiate = compiled(jax.value_and_grad(loss, argnums=(0, 1)))
     clean, clean_gradients = differentiate(prediction, confidence, target, valid)
     assert clean != 0
     assert np.any(clean_gradients[0])
@@ -330,7 +327,7 @@ def test_a_prediction_that_is_nan_where_it_counts_is_not_hidden():
 def test_vggt_skips_a_batch_with_too_few_pixels():
     valid = np.arange(288).reshape(SHAPE) < 99
     ones = np.ones(SHAPE, np.float32)
-    loss = jax.jit(functools.partial(vggt_depth_loss, gradient_scales=1))
+    loss = compiled(functools.partial(vggt_depth_loss, gradient_scales=1))
     assert loss(ones, ones, 0 * ones, valid).total == 0
     assert loss(ones, ones, 0 * ones, valid, minimum_valid=99).total > 0
 

@@ -6,16 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from geometry_cases import compiled
 from training_cases import whole_config
 
 from omnistream_jax import train as train_lib
 from omnistream_jax.models.geometry import GeometryPrediction, geometry_config
 from omnistream_jax.step import make_accumulate
-from omnistream_jax.tasks.geometry import geometry_target
+from omnistream_jax.tasks.geometry import GeometryTask, geometry_target
 from omnistream_jax.tasks.task import Teachers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TERMS = ("depth", "rays", "points", "camera")
 TEACHERS = Teachers(jnp.zeros((), jnp.int32), {}, None)
+
+
+class Told(GeometryTask):
+    """A task that takes its parameters as the prediction."""
+
+    def _predict(self, params, frames, key):
+        return params
+
+
+# Compiled once for all tests.
+told_loss = compiled(Told.loss, static_argnums=0)
+target_of = compiled(geometry_target, static_argnums=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +53,15 @@ def batch(task):
 def truth(task, batch) -> GeometryPrediction:
     """The prediction that is right."""
     rows = batch["depth"].shape[2]
-    target = geometry_target(batch, (rows, rows), task.geometry_heads.config.units)
+    target = jax.tree.map(jnp.asarray, target_of(batch, (rows, rows), task.geometry_heads.config.units))
     ones = jnp.ones_like(target.depth)
     return GeometryPrediction(jnp.where(target.depth_valid, target.depth, 1.0), ones, target.rays, ones, target.camera)
 
 
 def losses(task, batch, prediction) -> dict[str, float]:
     """The terms for a prediction that does not come from the heads."""
-
-    class Told(type(task)):
-        def _predict(self, params, frames, key):
-            return prediction
-
-    told = Told(**{field.name: getattr(task, field.name) for field in dataclasses.fields(task)})
-    loss, metrics = told.loss({}, TEACHERS, batch, jax.random.key(0))
+    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+    loss, metrics = told_loss(Told(**fields | {"data": None}), prediction, TEACHERS, batch, jax.random.key(0))
     return {"loss": float(loss), **{name: float(value) for name, value in metrics.items()}}
 
 

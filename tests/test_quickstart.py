@@ -58,8 +58,8 @@ def test_patches_are_found_again_ten_points_more_often_than_before_training(rows
 
 def test_depth_and_cameras_beat_what_needs_no_learning(rows):
     final = rows[-1]
-    assert final["depth_abs_rel"] < 0.9 * final["depth_abs_rel_constant"]
-    assert final["ate"] < 0.9 * final["ate_still"]
+    assert final["depth_abs_rel"] < 0.8 * final["depth_abs_rel_constant"]
+    assert final["ate_rays"] < 0.95 * final["ate_still"]
 
 
 def test_the_picture_and_the_model_are_there(rows):

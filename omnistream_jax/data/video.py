@@ -17,6 +17,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.heap import trim_now_and_then
 from omnistream_jax.data.orientation import orientation_of
 
 MAX_PIXELS = 64_000_000
@@ -157,6 +158,7 @@ class VideoReader:
         """Closes the file."""
         self._frames = None
         self._container.close()
+        trim_now_and_then()
 
     def __enter__(self) -> VideoReader:
         return self

@@ -25,7 +25,8 @@ def world_geometry(reconstruct: Reconstruct, clips: WorldClips) -> dict[str, flo
         depth_abs_rel_constant: of the best constant depth of each sequence.
         depth_abs_rel_context, depth_abs_rel_alone: of the last frame seen after all others, and seen alone; one scale
             each.
-        ate: root mean square error of the camera's place after a similarity.
+        ate: root mean square error of the camera's place after a similarity, by the camera head.
+        ate_rays: the same by the ray maps.
         ate_still: of a camera that stands still at the best place.
     """
     rows = []
@@ -33,7 +34,8 @@ def world_geometry(reconstruct: Reconstruct, clips: WorldClips) -> dict[str, flo
         worlds = [clips.clip(index) for index in range(start, min(start + _BATCH, len(clips)))]
         frames = np.stack([world.images for world in worlds])
         whole, alone = reconstruct(frames), reconstruct(frames[:, -1:])
-        depth, poses, last = (np.asarray(each) for each in (whole.depth, whole.cam_to_world, alone.depth))
+        depth, last = np.asarray(whole.depth), np.asarray(alone.depth)
+        poses, from_rays = np.asarray(whole.cam_to_world), np.asarray(whole.cameras_from_rays()[0])
         for index, world in enumerate(worlds):
             centres = world.cam_to_world[:, :3, 3].astype(np.float64)
             rows.append(
@@ -43,6 +45,7 @@ def world_geometry(reconstruct: Reconstruct, clips: WorldClips) -> dict[str, flo
                     "depth_abs_rel_context": _abs_rel(depth[index, -1:], world.depth[-1:]),
                     "depth_abs_rel_alone": _abs_rel(last[index], world.depth[-1:]),
                     "ate": _ate(poses[index, :, :3, 3].astype(np.float64), centres),
+                    "ate_rays": _ate(from_rays[index, :, :3, 3].astype(np.float64), centres),
                     "ate_still": _spread(centres),
                 }
             )

@@ -15,6 +15,9 @@ from omnistream_jax.geometry.rotations import matrix_to_quaternion, quaternion_t
 
 Convention = Literal["cam_to_world", "world_to_cam"]
 
+# The parts of a 9-vector; the quaternion is (x, y, z, w), the fields of view are vertical and horizontal.
+TRANSLATION, QUATERNION, FIELDS_OF_VIEW = slice(0, 3), slice(3, 7), slice(7, 9)
+
 
 def compose_pose(rotation: jax.Array, translation: jax.Array) -> jax.Array:
     """[..., 4, 4] of a rotation [..., 3, 3] and a translation [..., 3].
@@ -157,8 +160,8 @@ def decode_camera(
     """
     require_shape("encoding", encoding, 9)
     (encoding,) = to_float(encoding)
-    pose = compose_pose(quaternion_to_matrix(encoding[..., 3:7]), encoding[..., :3])
-    return _in_convention(pose, convention), intrinsics_from_fields(encoding[..., 7:], height, width)
+    pose = compose_pose(quaternion_to_matrix(encoding[..., QUATERNION]), encoding[..., TRANSLATION])
+    return _in_convention(pose, convention), intrinsics_from_fields(encoding[..., FIELDS_OF_VIEW], height, width)
 
 
 def _in_convention(pose: jax.Array, convention: Convention) -> jax.Array:

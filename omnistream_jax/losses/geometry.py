@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from omnistream_jax.geometry.cameras import FIELDS_OF_VIEW, QUATERNION, TRANSLATION
 from omnistream_jax.losses.depth import (
     VGGT_LARGEST,
     RegressionPieces,
@@ -24,8 +25,6 @@ from omnistream_jax.losses.depth import (
 )
 from omnistream_jax.losses.normalize import l2_normalize
 
-# The parts of a camera vector: translation, quaternion (x, y, z, w), fields of view (vertical, horizontal).
-CAMERA_PARTS = (slice(0, 3), slice(3, 7), slice(7, 9))
 VGGT_NORMALS_AT_LEAST = 10  # with fewer normals at a scale, that scale adds nothing
 
 
@@ -276,7 +275,7 @@ def _normal_error(prediction: jax.Array, target: jax.Array, valid: jax.Array) ->
 
 def _camera_residuals(prediction: jax.Array, target: jax.Array, masks: Sequence[jax.Array]) -> list[jax.Array]:
     """Residuals of translation [B, T, 3], quaternion [B, T, 4] and fields of view [B, T, 2], 0 outside their masks."""
-    parts = zip(CAMERA_PARTS, masks, strict=True)
+    parts = zip((TRANSLATION, QUATERNION, FIELDS_OF_VIEW), masks, strict=True)
     return [masked_difference(prediction[..., part], target[..., part], mask) for part, mask in parts]
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from omnistream_jax.models.block import KERNEL_INIT, Block, LayerNorm
+from omnistream_jax.models.block import Block, LayerNorm, kernel_init
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.ops.attention import attend_cache, attention_path, frame_causal_attention
 from omnistream_jax.ops.cache import BlockCache, frame_slot, write_frame
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         """Declare the parameters; those of all blocks are stacked along a leading axis [depth, ...]."""
         config = self.config
         width, small = config.width, nn.initializers.normal(0.02)
-        self.patch_kernel = self.param("patch_kernel", KERNEL_INIT, (3 * config.patch_size**2, width))
+        self.patch_kernel = self.param("patch_kernel", kernel_init(config), (3 * config.patch_size**2, width))
         self.patch_bias = self.param("patch_bias", nn.initializers.zeros, (width,))
         self.cls_token = self.param("cls_token", small, (width,))
         self.mask_token = self.param("mask_token", nn.initializers.zeros, (width,))

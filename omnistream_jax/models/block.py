@@ -17,7 +17,10 @@ from omnistream_jax.ops.rope import apply_rope
 # (query, key, value), each [B, T, P, H, D] -> (attended [B, T, P, H, D], carry)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-KERNEL_INIT = nn.initializers.truncated_normal(0.02)
+
+def kernel_init(config: BackboneConfig) -> nn.initializers.Initializer:
+    """How every kernel of a backbone starts."""
+    return nn.initializers.truncated_normal(config.kernel_std)
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
@@ -53,7 +56,7 @@ class Attention(nn.Module):
         """x [B, T, P, d], rope tables [B or 1, T, P, D] -> ([B, T, P, d], carry)."""
         config = self.config
         heads, head_width = config.heads, config.head_width
-        kernel = self.param("qkv_kernel", KERNEL_INIT, (config.width, 3, heads, head_width))
+        kernel = self.param("qkv_kernel", kernel_init(config), (config.width, 3, heads, head_width))
         has_bias = {"query": config.query_bias, "key": config.key_bias, "value": config.value_bias}
         zeros = nn.initializers.zeros
         biases = [
@@ -68,7 +71,7 @@ class Attention(nn.Module):
             axis=(-2, -1),
             use_bias=config.projection_bias,
             dtype=self.dtype,
-            kernel_init=KERNEL_INIT,
+            kernel_init=kernel_init(config),
             name="projection",
         )
         return projection(attended), carry
@@ -86,7 +89,8 @@ class Mlp(nn.Module):
         config = self.config
 
         def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=config.mlp_bias, dtype=self.dtype, kernel_init=KERNEL_INIT, name=name)
+            init = kernel_init(config)
+            return nn.Dense(features, use_bias=config.mlp_bias, dtype=self.dtype, kernel_init=init, name=name)
 
         hidden = dense(config.mlp_width, "hidden")(x)
         if config.mlp == "swiglu":

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from omnistream_jax.geometry.cameras import FIELDS_OF_VIEW
 from omnistream_jax.models.dpt import OUTPUT_INIT
-
-TRANSLATION, QUATERNION, FIELD_OF_VIEW = slice(0, 3), slice(3, 7), slice(7, 9)
 
 
 class CameraHead(nn.Module):
@@ -44,8 +43,8 @@ class CameraHead(nn.Module):
             name="output",
         )
         pose = output(x)
-        view = nn.relu(pose[..., FIELD_OF_VIEW])
-        return jnp.concatenate([pose[..., : FIELD_OF_VIEW.start], view], axis=-1)
+        view = nn.relu(pose[..., FIELDS_OF_VIEW])
+        return jnp.concatenate([pose[..., : FIELDS_OF_VIEW.start], view], axis=-1)
 
 
 def _identity_pose(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:

@@ -24,7 +24,6 @@ from jax.typing import DTypeLike
 from omnistream_jax.models.block import LayerNorm
 
 LEVELS = 4
-RAY_CELLS = 8  # cells of the ray map per side of a patch
 NORM_EPSILON = 1e-5
 UV_BASE, UV_SCALE = 100.0, 0.1
 HIDDEN_WIDTH = 32  # channels before each output layer

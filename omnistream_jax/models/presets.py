@@ -26,6 +26,7 @@ class BackboneConfig:
         camera: whether the camera token and the aspect-ratio embedding exist.
         query_bias, key_bias, value_bias, projection_bias, mlp_bias: which linear maps have a bias.
         layer_scale: LayerScale's value at initialisation.
+        kernel_std: standard deviation of kernels at initialisation.
     """
 
     width: int
@@ -47,6 +48,7 @@ class BackboneConfig:
     projection_bias: bool = True
     mlp_bias: bool = True
     layer_scale: float = 0.01
+    kernel_std: float = 0.02
 
     def __post_init__(self):
         for field in ("width", "depth", "heads", "mlp_width", "patch_size"):

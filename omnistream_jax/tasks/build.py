@@ -36,9 +36,10 @@ def build_backbone(config: ConfigDict) -> Backbone:
     """The student's backbone from `config.model`."""
     model = config.model
     changes = {} if model.patch_size == 0 else {"patch_size": model.patch_size}
-    _require(model.layer_scale > 0, "model.layer_scale", model.layer_scale, "a positive number")
-    scale = float(model.layer_scale)
-    sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), layer_scale=scale, **changes)
+    for field in ("layer_scale", "kernel_std"):
+        _require(model[field] > 0, f"model.{field}", model[field], "a positive number")
+        changes[field] = float(model[field])
+    sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), **changes)
     if model.dtype not in ("auto", *_DTYPES):
         raise ConfigError(f"model.dtype: expected auto, {' or '.join(_DTYPES)}, got {model.dtype!r}")
     dtype = default_dtype() if model.dtype == "auto" else _DTYPES[model.dtype]
