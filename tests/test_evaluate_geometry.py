@@ -138,7 +138,7 @@ def command(config):
         env=os.environ | cache,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # beside other work
     )
 
 

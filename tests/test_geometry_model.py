@@ -18,6 +18,7 @@ from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.geometry.cameras import fields_of_view
 from omnistream_jax.geometry_model import CONFIG_NAME, WEIGHTS_NAME
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BATCH, TIME, HEIGHT, WIDTH = 2, 6, 32, 48
 TOLERANCE = 2e-4
 

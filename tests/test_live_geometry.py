@@ -33,6 +33,7 @@ from omnistream_jax.live_result import Geometry
 from omnistream_jax.live_view import RunningLimits
 from omnistream_jax.model import Model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEIGHT, WIDTH, FRAMES = 32, 48, 10
 METRES, VOXEL = 2.0, 0.1
 SMALL = {

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from omnistream_jax.evals.pca import GAP, LABEL_HEIGHT, pca_picture, principal_colours
+from omnistream_jax.evals.pca import pca_picture, principal_colours
+from omnistream_jax.evals.rows import GAP, LABEL_HEIGHT
 
 FRAMES = np.random.default_rng(0).integers(0, 256, size=(3, 32, 48, 3), dtype=np.uint8)
 
