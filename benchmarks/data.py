@@ -88,9 +88,10 @@ def family(pid: int) -> list[int]:
 
 
 def memory_mb(pids: list[int]) -> float:
-    """What processes hold together; what they share, as batches on their way, counts once."""
+    """What processes hold of their own and together: what they share counts once, mapped files do not count."""
     texts = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
-    return sum(int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("Pss:")) / 1e3
+    lines = (line for text in texts for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return sum(int(line.split()[1]) for line in lines) / 1e3
 
 
 def main() -> None:
@@ -126,10 +127,11 @@ def main() -> None:
 
 def sample(ours: Ours, peer: Peer | None, arguments: argparse.Namespace) -> dict[str, list[dict]]:
     """Samples of each side in turn."""
-    pids = [pid for root in [os.getpid(), *([peer.pid] if peer else [])] for pid in family(root)]
     sides = {"ours": lambda: ours.measure(arguments.batches)}
     if peer:
         sides["PyTorch DataLoader"] = lambda: peer.measure(batches=arguments.batches)
+        peer.measure(batches=1)  # its workers are there then
+    pids = [pid for root in [os.getpid(), *([peer.pid] if peer else [])] for pid in family(root)]
     taken: dict[str, list[dict]] = {name: [] for name in sides}
     for _ in range(arguments.samples):
         for name, measure in sides.items():
