@@ -87,11 +87,12 @@ def family(pid: int) -> list[int]:
     return [pid, *itertools.chain.from_iterable(map(family, below))]
 
 
-def memory_mb(pids: list[int]) -> float:
-    """What processes hold of their own and together: what they share counts once, mapped files do not count."""
-    texts = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
-    lines = (line for text in texts for line in text.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
-    return sum(int(line.split()[1]) for line in lines) / 1e3
+def memory_mb(pids: list[int]) -> str:
+    """Memory of processes of their own, and of batches on their way between them; mapped files do not count."""
+    texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    kinds = ("Pss_Anon:", "Pss_Shmem:")
+    sums = [sum(int(text.partition(kind)[2].split()[0]) for text in texts) / 1e3 for kind in kinds]
+    return " + ".join(f"{each:.0f}" for each in sums)
 
 
 def main() -> None:
@@ -162,7 +163,7 @@ def endure(ours: Ours, arguments: argparse.Namespace) -> None:
         clips += arguments.batches * arguments.batch
         if minutes >= len(sizes):
             sizes.append(memory_mb(family(os.getpid())))
-    print(f"memory in MB, minute by minute, {clips:,} clips: {' '.join(f'{size:.0f}' for size in sizes)}")
+    print(f"memory in MB, own + shared, minute by minute, {clips:,} clips: {', '.join(sizes)}")
 
 
 if __name__ == "__main__":
