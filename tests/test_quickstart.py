@@ -64,7 +64,7 @@ def test_depth_and_cameras_beat_what_needs_no_learning(rows):
 
 def test_the_picture_and_the_model_are_there(rows):
     assert Image.open(WORKDIR / "features.png").size[0] > 1000
-    assert Image.open(WORKDIR / "geometry.png").size[0] > 700
+    assert Image.open(WORKDIR / "geometry.png").size[0] > 500
     model = omnistream_jax.load(WORKDIR / "model")
     out = model.encode(np.zeros((1, 2, 32, 32, 3), np.uint8))
     assert np.isfinite(out.patches).all()
