@@ -143,11 +143,7 @@ def load_geometry(path: str | os.PathLike, rope: str | None = None, dtype: Any =
     config = _read_config(directory / CONFIG_NAME, model.config.depth)
     built = build_geometry_model(model, config, {})
     tensors = read_tensor_file(directory / WEIGHTS_NAME)
-    try:
-        expected = _shapes(built.heads)
-    except ValueError as error:
-        raise WeightsError(f"{directory / CONFIG_NAME}: {error}") from error
-    _check(directory / WEIGHTS_NAME, tensors, expected)
+    _check(directory / WEIGHTS_NAME, tensors, _shapes(built.heads))
     params = jax.tree.map(jnp.asarray, nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()}))
     return dataclasses.replace(built, params=params)
 
@@ -172,7 +168,7 @@ def _read_config(path: Path, depth: int) -> GeometryConfig:
 
 
 def _shapes(heads: GeometryHeads) -> dict[str, tuple[int, ...]]:
-    """Of the parameters, by name. Raises ValueError for channels that do not divide."""
+    """Of the parameters, by name."""
     side, width = heads.patch_size, heads.width
     token = jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32)
     camera = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)

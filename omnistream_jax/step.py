@@ -52,8 +52,9 @@ def init_params(backbone: Backbone, tasks: Sequence[Task], seed: int) -> Params:
         key = jax.random.key(seed)
         return {name: init(_named_key(key, name)) for name, init in sorted(initialisers.items())}
 
-    # It runs once: better soon than fast. A third of the time of compiling array by array.
-    return jax.jit(initialise, compiler_options={"xla_backend_optimization_level": 0})()
+    # It runs once: better soon than fast. On a CPU a third of the time of compiling array by array.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(initialise, compiler_options=options)()
 
 
 def init_state(params: Params, tasks: Sequence[Task], optimizer: Optimizer, gram: Params | None) -> TrainState:

@@ -135,6 +135,7 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
         ("tasks__clip_geometry__height", 40, r"tasks.clip_geometry.height: expected a multiple of 16, got 40"),
         ("tasks__clip_geometry__crop_scale", (0.0, 1.0), r"tasks.clip_geometry.crop_scale"),
         ("geometry__layers", (0, 1, 2, 4), r"geometry.layers: expected blocks 0 to 3"),
+        ("geometry__features", 12, r"geometry.features: expected a multiple of 8, got 12"),
         ("geometry__units", "feet", r"geometry.units: expected clip or metres"),
         ("geometry__point_norm", "l3", r"geometry.point_norm: expected l1 or l2"),
         ("geometry__weights__ray", -1.0, r"geometry.weights.ray: expected 0 or more"),

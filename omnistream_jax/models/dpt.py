@@ -48,6 +48,14 @@ class GeometryMaps:
     ray_confidence: jax.Array
 
 
+def check_channels(features: int, out_channels: Sequence[int]) -> None:
+    """Raises ValueError, naming the field, for channels of a DualDPT that do not divide."""
+    if features < 8 or features % 8:
+        raise ValueError(f"features: expected a multiple of 8, got {features}")
+    if len(out_channels) != LEVELS or any(channels < 4 or channels % 4 for channels in out_channels):
+        raise ValueError(f"out_channels: expected {LEVELS} multiples of 4, got {out_channels}")
+
+
 class DualDPT(nn.Module):
     """Depth and rays with confidences, by one reassembly and two chains of fusion.
 
@@ -95,10 +103,10 @@ class DualDPT(nn.Module):
         )
 
     def _check(self, features: Sequence[jax.Array], height: int, width: int) -> None:
-        if self.features < 8 or self.features % 8:
-            raise ValueError(f"DualDPT.features: expected a multiple of 8, got {self.features}")
-        if len(self.out_channels) != LEVELS or any(channels < 4 or channels % 4 for channels in self.out_channels):
-            raise ValueError(f"DualDPT.out_channels: expected {LEVELS} multiples of 4, got {self.out_channels}")
+        try:
+            check_channels(self.features, self.out_channels)
+        except ValueError as error:
+            raise ValueError(f"DualDPT.{error}") from error
         rows, columns = height // self.patch_size, width // self.patch_size
         if (rows * self.patch_size, columns * self.patch_size) != (height, width) or not rows * columns:
             raise ValueError(f"height and width: expected multiples of {self.patch_size}, got {height} and {width}")

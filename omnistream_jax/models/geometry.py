@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from omnistream_jax.models.camera_head import CameraHead
-from omnistream_jax.models.dpt import DualDPT, default_layers
+from omnistream_jax.models.dpt import LEVELS, DualDPT, check_channels, default_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,9 @@ class GeometryConfig:
     units: str = "clip"
 
     def __post_init__(self):
-        for field in ("layers", "out_channels"):
-            value = getattr(self, field)
-            if len(value) != 4 or min(value) < (field == "out_channels"):
-                raise ValueError(f"{field}: expected four numbers, got {value}")
-        if list(self.layers) != sorted(self.layers):
-            raise ValueError(f"layers: expected blocks in their order, got {self.layers}")
-        if self.features < 2 or self.features % 2:
-            raise ValueError(f"features: expected a positive even number, got {self.features}")
+        if len(self.layers) != LEVELS or min(self.layers) < 0 or list(self.layers) != sorted(self.layers):
+            raise ValueError(f"layers: expected {LEVELS} blocks in their order, got {self.layers}")
+        check_channels(self.features, self.out_channels)
         if self.units not in ("clip", "metres"):
             raise ValueError(f"units: expected clip or metres, got {self.units!r}")
 
