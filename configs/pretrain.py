@@ -74,7 +74,8 @@ def _paper() -> ConfigDict:
     config.init = ConfigDict({"backbone": ""})
 
     # Adam as in the paper. Where it is silent, as DINOv3: the norm of each module's gradient is clipped at clip_norm
-    # (0: not), and the heads' prototypes wait for freeze_prototypes_steps.
+    # (0: not), and the heads' prototypes wait for freeze_prototypes_steps. factors: of the learning rate of parts of
+    # the parameters, as (("backbone", 0.1), ("geometry/camera", 0.5)).
     config.optimizer = ConfigDict(
         {
             "peak": 1e-4,
@@ -84,6 +85,7 @@ def _paper() -> ConfigDict:
             "beta2": 0.999,
             "clip_norm": 3.0,
             "freeze_prototypes_steps": 1_250,
+            "factors": (),
         }
     )
 
@@ -142,7 +144,8 @@ def _paper() -> ConfigDict:
     }
     clip = {**image, "kind": "clip", "batch_size": 64, "frames": 16, "stride": (1, 4)}
     clip |= {"short_side": 0, "frame_rate": 0.0}
-    # paths of posed clips are data sets as NAME:DIR. crop_scale: smallest and largest side of the crop, as shares of
+    # paths of posed clips are data sets as NAME:DIR. stride: smallest and largest distance between a clip's frames, of
+    # all its sources; (): 1 to CUT3R's largest of each. crop_scale: smallest and largest side of the crop, as shares of
     # the largest one. colour: brightness, contrast, saturation and hue change at random.
     posed = {
         "kind": "posed",
@@ -151,6 +154,7 @@ def _paper() -> ConfigDict:
         "path_weights": (),
         "batch_size": 64,
         "frames": 16,
+        "stride": (),
         "height": 224,
         "width": 224,
         "crop_scale": (0.8, 1.0),

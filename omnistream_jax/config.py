@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from types import NoneType
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
+
+from omnistream_jax.utils.files import write_json
 
 flags.disclaim_key_flags()  # --help lists --config with the flags of the module that calls define_flag
 
@@ -227,19 +228,15 @@ def remember_settings(settings: Mapping[str, object], path: Path, refusal: str, 
 
     Raises ConfigError that lists the fields that differ, or where the stored file cannot be read.
     """
-    content = json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.exists():
         allowed = tuple(may_change)
-        lines = diff(_read(path), json.loads(content))
+        lines = diff(_read(path), json.loads(json.dumps(settings)))
         refused = [line for line in lines if not _covered(line.partition(": ")[0], allowed)]
         if refused:
             raise ConfigError(f"{refusal}:\n  " + "\n  ".join(refused))
         if not lines:
             return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-        aside = Path(folder) / path.name
-        aside.write_text(content, encoding="utf-8")
-        aside.replace(path)
+    write_json(path, settings, sort_keys=True)
 
 
 def _covered(field: str, names: tuple[str, ...]) -> bool:

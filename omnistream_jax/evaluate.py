@@ -23,9 +23,10 @@ from omnistream_jax.evals import geometry_plots, geometry_table
 from omnistream_jax.evals.camera_pose import PoseResult, aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.depth_metrics import ALIGNMENTS
 from omnistream_jax.evals.geometry_stream import SequenceStreamer
-from omnistream_jax.evals.result_files import ResultFiles, write_json
+from omnistream_jax.evals.result_files import ResultFiles
 from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
 from omnistream_jax.geometry_model import CONFIG_NAME, WEIGHTS_NAME, load_geometry
+from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
 
 SUMMARY, SETTINGS = "geometry.json", "settings.json"

@@ -33,6 +33,7 @@ from omnistream_jax.data.frames import FrameChunk, FrameOptions
 from omnistream_jax.data.items import Item, list_items, printable, source_bytes
 from omnistream_jax.model import Model
 from omnistream_jax.models.backbone import BackboneOutput
+from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.lock import WorkdirLock
 from omnistream_jax.utils.progress import Progress
 from omnistream_jax.utils.tensor_file import TensorFileWriter, read_metadata
@@ -428,9 +429,9 @@ def _merge_failures(output: Path, process_count: int) -> None:
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(_json(row) + "\n" for row in sorted(rows, key=lambda row: row["item"])), encoding="utf-8")
-    aside.replace(path)
+    text = "".join(_json(row) + "\n" for row in sorted(rows, key=lambda row: row["item"]))
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

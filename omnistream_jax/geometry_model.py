@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from omnistream_jax.model import Frames, Model
 from omnistream_jax.models.backbone import BackboneOutput
 from omnistream_jax.models.geometry import GeometryConfig, GeometryHeads
 from omnistream_jax.stream import Stream
+from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.tensor_file import write_tensors
 from omnistream_jax.utils.trees import describe, named_leaves, nest
 
@@ -103,12 +103,9 @@ class GeometryModel:
         """Write the backbone as `Model.save` does, and beside it geometry.json and geometry.safetensors."""
         self.model.save(directory)
         directory, leaves = Path(directory), named_leaves(dict(self.params))
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as aside:
-            weights, text = Path(aside) / WEIGHTS_NAME, Path(aside) / CONFIG_NAME
+        with written_aside(directory / CONFIG_NAME) as text, written_aside(directory / WEIGHTS_NAME) as weights:
             write_tensors(weights, {name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()})
             text.write_text(json.dumps(dataclasses.asdict(self.heads.config), indent=2) + "\n", encoding="utf-8")
-            os.replace(weights, directory / WEIGHTS_NAME)
-            os.replace(text, directory / CONFIG_NAME)
 
     def _reads(self, batch: int, height: int, width: int) -> dict[str, Any]:
         """What the heads need of the backbone, as arguments of `encode` and `open_stream`, which check the sizes."""

@@ -5,7 +5,6 @@ One thread reads (data/live_source.py); this one steps the model (live_geometry.
 
 import contextlib
 import dataclasses
-import json
 import os
 import resource
 import signal
@@ -36,6 +35,7 @@ from omnistream_jax.model import Model
 from omnistream_jax.reconstruction.files import ReconstructionError
 from omnistream_jax.stream import Stream
 from omnistream_jax.utils.compilation import CompileCounter, Compiled
+from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
 
 SUMMARY = "summary.json"
@@ -225,9 +225,7 @@ def _finish(job: Job, summary: dict[str, Any], recording: GeometryRecording | No
     drawn = [name for name, on in ((RECORDING, job.config.record), (VIDEO, job.config.video)) if on]
     files = [name for name in drawn if summary["frames"]] + (recording.files if recording is not None else [])
     summary |= {"geometry": None if recording is None else recording.summary(), "files": files}
-    aside = job.output / f"{SUMMARY}.tmp"
-    aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    aside.replace(job.output / SUMMARY)
+    write_json(job.output / SUMMARY, summary)
     counts = f"{summary['frames']:,} frames, {summary['dropped']:,} dropped, {summary['damaged']:,} damaged"
     if not summary["frames"]:
         _say(f"{summary['ended']}: {counts}")

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omnistream_jax.utils.trees import leaf_name, named_leaves
+
 PROTOTYPES = "last_layer"  # the name of the prototypes in the parameters of a DinoHead
 
 
@@ -25,6 +27,8 @@ class Optimizer:
             not clip.
         freeze_prototypes_steps: the heads' last layers stay as they are for the first steps, as in DINO: else they
             learn to answer alike for all samples while the samples still look alike.
+        factors: pairs (part of the parameters, as "geometry" or "geometry/camera"; factor of its learning rate). The
+            longest name that fits holds.
     """
 
     peak: float
@@ -35,6 +39,7 @@ class Optimizer:
     beta2: float
     clip_norm: float
     freeze_prototypes_steps: int
+    factors: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         if self.steps < 1:
@@ -43,6 +48,15 @@ class Optimizer:
             raise ValueError(f"optimizer.warmup_steps: expected 0 to {self.steps}, got {self.warmup_steps}")
         if not self.peak > 0 or self.final < 0 or self.clip_norm < 0:
             raise ValueError("optimizer: expected peak > 0, final >= 0 and clip_norm >= 0")
+        for pair in self.factors:
+            if len(pair) != 2 or not isinstance(pair[0], str) or isinstance(pair[1], str) or not pair[1] >= 0:
+                raise ValueError(f"optimizer.factors: expected pairs (name, 0 or more), got {pair!r}")
+
+    def check_factors(self, params: Mapping[str, Any]) -> None:
+        """Raises ValueError for a name in `factors` that is no part of the parameters."""
+        for part, _ in self.factors:
+            if not any(_is_in(name, part) for name in named_leaves(params)):
+                raise ValueError(f"optimizer.factors: no parameters are named {part!r}, there are {sorted(params)}")
 
     def learning_rate(self, step: jax.Array | int) -> jax.Array:
         """The learning rate of the update that follows `step` earlier ones."""
@@ -65,15 +79,24 @@ class Optimizer:
 
         return {name: clip(tree) for name, tree in gradients.items()}
 
-    def frozen(self, changes: Any, step: jax.Array) -> Any:
-        """The changes to all parameters, zero for what is frozen at this step; Adam's moments fill meanwhile."""
+    def scaled(self, changes: Any, step: jax.Array) -> Any:
+        """Adam's changes to all parameters as they are made: times their factor, and zero for what is frozen yet.
 
-        def keep(path: tuple, change: jax.Array) -> jax.Array:
-            if PROTOTYPES not in [getattr(key, "key", None) for key in path]:
+        Adam's moments of what is frozen fill meanwhile.
+        """
+
+        def scale(path: tuple, change: jax.Array) -> jax.Array:
+            name = leaf_name(path)
+            change = self._factor(name) * change
+            if PROTOTYPES not in name.split("/"):
                 return change
             return jnp.where(step < self.freeze_prototypes_steps, 0.0, change)
 
-        return jax.tree_util.tree_map_with_path(keep, changes)
+        return jax.tree_util.tree_map_with_path(scale, changes)
+
+    def _factor(self, name: str) -> float:
+        fitting = [(len(part), factor) for part, factor in self.factors if _is_in(name, part)]
+        return max(fitting)[1] if fitting else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +110,10 @@ class TeacherSchedule:
 
     momentum: tuple[float, float]
     gram_snapshot_steps: tuple[int, ...] = ()
+
+
+def _is_in(name: str, part: str) -> bool:
+    return f"{name}/".startswith(f"{part}/")
 
 
 def cosine(start: float, end: float, step: jax.Array | int, steps: int) -> jax.Array:

@@ -23,6 +23,7 @@ from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.geometry import GeometryHeads
 from omnistream_jax.tasks.geometry import HEADS, GeometryTask
 from omnistream_jax.tasks.task import Params, Task
+from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.metrics import MetricsWriter
 
 _RETRIEVAL_FRAMES, _RETRIEVAL_CROPS = 12, 4
@@ -89,9 +90,8 @@ def report(config: ConfigDict, trained: Trained, workdir: Path, metrics: Metrics
     metrics.write(config.steps, scores)
     for name, picture in pictures.items():
         metrics.write_image(config.steps, name, picture)
-        aside = workdir / f".{name}.png"
-        Image.fromarray(picture).save(aside, format="png")
-        aside.replace(workdir / f"{name}.png")
+        with written_aside(workdir / f"{name}.png") as aside:
+            Image.fromarray(picture).save(aside)
     files = ", ".join(str(workdir / f"{name}.png") for name in pictures)
     say(f"model: {workdir / 'model'}, pictures: {files}")
 

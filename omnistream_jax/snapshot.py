@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from omnistream_jax.model import Model
 from omnistream_jax.ops.cache import CACHE_DTYPES, BlockCache, empty_cache
 from omnistream_jax.stream import Stream, StreamOptions, StreamState, with_room
+from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.tensor_file import write_tensors
 from omnistream_jax.utils.trees import describe, fingerprint, named_leaves
 
@@ -62,12 +62,8 @@ class Snapshot:
             "sizes": _sizes(self.cache),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-            aside = Path(folder) / path.name
+        with written_aside(path, durable=True) as aside:
             write_tensors(aside, named_leaves(self.cache), {_HEADER: json.dumps(header, sort_keys=True)})
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Snapshot":

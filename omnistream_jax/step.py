@@ -98,7 +98,7 @@ def make_update(optimizer: Optimizer, teachers: TeacherSchedule) -> Callable[...
     def update(state: TrainState, gradients: Params, losses: Sequence[jax.Array]) -> tuple[TrainState, Params, Metrics]:
         norm = optax.global_norm(gradients)
         changes, optimizer_state = transform.update(optimizer.clipped(gradients), state.optimizer, state.params)
-        params = optax.apply_updates(state.params, optimizer.frozen(changes, state.step))
+        params = optax.apply_updates(state.params, optimizer.scaled(changes, state.step))
         step = state.step + 1
         momentum = cosine(*teachers.momentum, state.step, optimizer.steps)
         ema = state.ema

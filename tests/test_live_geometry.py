@@ -372,7 +372,7 @@ def test_a_termination_signal_finishes_the_files(config_for, tmp_path, monkeypat
     assert len(list((tmp_path / "depth").glob("*.png"))) == 6
     assert len(PlyData.read(tmp_path / "points.ply")["vertex"]) == summary["geometry"]["points"]
     assert len(video_frames(tmp_path / live_view.VIDEO)[0]) == 6
-    assert not [name for name in names_in(tmp_path) if name.endswith(".tmp")]
+    assert not [name for name in names_in(tmp_path) if ".tmp" in name]
 
 
 def test_a_stream_that_stops_before_its_first_frame_leaves_a_summary(config_for, tmp_path, monkeypatch):

@@ -4,20 +4,19 @@ import dataclasses
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import prepare_cases
 import pytest
 from PIL import Image
+from prepare_cases import assert_a_killed_run_goes_on_to_the_same_bytes, contents, environment
 from scannet_cases import write_scannet
 from world_cases import assert_is_world, assert_reprojects, room
 
-from omnistream_jax.data import command, prepare, records, shards
+from omnistream_jax.data import records, shards
 from omnistream_jax.data.command import UsageError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.posed import PosedData
@@ -52,17 +51,7 @@ def undisturbed(tmp_path_factory, source):
 
 
 def run(source, output, *arguments) -> int:
-    given = [f"--source={source}"] if source else []
-    given += [f"--output={output}"] if output else []
-    prepare.FLAGS.unparse_flags()
-    for name in prepare.FLAGS:
-        prepare.FLAGS[name].unparse()
-    return command.run(prepare.main, prepare.FLAGS, "", ["prepare", "--dataset=scannet", *given, *arguments])
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    paths = [path for path in sorted(output.rglob("*")) if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+    return prepare_cases.run(source, output, *arguments, dataset="scannet")
 
 
 # What is read back
@@ -258,58 +247,12 @@ def test_overlap_sets_part_the_frames_and_grow_along_what_is_seen():
 # Stops, damage and other settings
 
 
-def environment():
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-
-
-def children_of(process) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, source, tmp_path):
-    root, output = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(source, root)
-    last = root / "scans/scene0004_00/depth/3.png"
-    whole = last.read_bytes()
-    last.unlink()
-    os.mkfifo(last)  # whoever opens it waits: the run stops in the third shard
-    line = [sys.executable, "-m", "omnistream_jax.data.prepare", "--dataset=scannet", "--workers=2"]
-    line += [f"--source={root}", f"--output={output}", *SMALL]
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: len(list(output.glob("shards/0*.json"))) == 2)
-        workers = children_of(process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    (output / "shards/.00002.1.tmp").write_bytes(b"half a shard")
-    assert len(workers) >= 2
-    wait_for(lambda: not any(map(is_alive, workers)), 10)
-    assert not (output / "index.json").exists()
-    with pytest.raises(DataError, match="its preparation has not come to its end"):
-        Prepared.open(output)
-    last.unlink()
-    last.write_bytes(whole)
-    kept = [(output / f"shards/0000{shard}.array_record").stat().st_mtime_ns for shard in (0, 1)]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "3 shards, 2 finished already, 1 to do" in done.stdout
-    assert [(output / f"shards/0000{shard}.array_record").stat().st_mtime_ns for shard in (0, 1)] == kept
-    assert contents(output) == contents(undisturbed)
+def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, source, tmp_path, capsys):
+    last = "scans/scene0004_00/depth/3.png"
+    assert_a_killed_run_goes_on_to_the_same_bytes(
+        undisturbed, source, last, tmp_path, Prepared.open, SMALL, dataset="scannet"
+    )
+    assert "3 shards, 2 finished already, 1 to do" in capsys.readouterr().out
 
 
 def test_the_bytes_do_not_depend_on_where_the_source_lies(undisturbed, source, tmp_path):

@@ -6,11 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
+from prepare_cases import contents, run
 from source_cases import write_tokenizer
 from tar_cases import photograph, write_shard, write_tar
-from test_prepare import contents
 from test_prepare_images import SMALL, skipped
-from test_prepare_videos import run
 from test_readers_captions import CAPTION, EXPRESSIONS, PIECES, _entries, _line, _write_sa1b
 from test_readers_refcoco import BOXES, REFERENCES
 

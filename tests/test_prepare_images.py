@@ -2,20 +2,15 @@
 
 import io
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from prepare_cases import assert_a_killed_run_goes_on_to_the_same_bytes, contents, run
 from tar_cases import photograph, write_shard
-from test_prepare import children_of, contents, environment, is_alive, wait_for
-from test_prepare_videos import run
 
 from omnistream_jax.data import picture_files
 from omnistream_jax.data.errors import DataError
@@ -195,32 +190,11 @@ def test_tfds_is_prepared(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, source, tmp_path):
-    root, output = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(source, root)
-    last = root / list(files())[4]
-    whole = last.read_bytes()
-    last.unlink()
-    os.mkfifo(last)  # whoever opens it waits: the run stops in the third shard
-    line = [sys.executable, "-m", "omnistream_jax.data.prepare", "--dataset=imagenet21k", "--workers=2"]
-    line += [f"--source={root}", f"--output={output}", SMALL]
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: len(list(output.glob("shards/0*.json"))) == 2)
-        workers = children_of(process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    (output / "shards/.00002.1.tmp").write_bytes(b"half a shard")
-    wait_for(lambda: not any(map(is_alive, workers)), 10)
-    with pytest.raises(DataError, match="its preparation has not come to its end"):
-        PreparedImages.open(output)
-    last.unlink()
-    last.write_bytes(whole)
-    kept = [(output / f"shards/0000{shard}.array_record").stat().st_mtime_ns for shard in (0, 1)]
-    assert run(root, output, SMALL, dataset="imagenet21k") == 0
-    assert [(output / f"shards/0000{shard}.array_record").stat().st_mtime_ns for shard in (0, 1)] == kept
-    assert contents(output) == contents(undisturbed)
+def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, source, tmp_path, capsys):
+    assert_a_killed_run_goes_on_to_the_same_bytes(
+        undisturbed, source, list(files())[4], tmp_path, PreparedImages.open, [SMALL], dataset="imagenet21k"
+    )
+    assert "3 shards, 2 finished already, 1 to do" in capsys.readouterr().out
 
 
 def test_damaged_images_are_left_out_and_counted_by_reason(tmp_path, capsys):
@@ -274,12 +248,12 @@ def test_a_source_without_one_whole_picture_is_an_error(tmp_path, capsys):
 def test_checksums_find_a_flipped_bit(undisturbed, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(undisturbed, output)
-    assert run(None, output, "--check") == 0
+    assert run(None, output, "--check", dataset="imagenet21k") == 0
     path = output / "shards/00000.array_record"
     data = bytearray(path.read_bytes())
     data[data.index(photograph("astronaut")) + 999] ^= 1
     path.write_bytes(data)
-    assert run(None, output, "--check") == 1
+    assert run(None, output, "--check", dataset="imagenet21k") == 1
     assert "00000.array_record: its sha256 is not that of the index" in capsys.readouterr().out
     prepared = PreparedImages.open(output)
     with pytest.raises(DataError, match=r"00000\.array_record: record 0 cannot be read") as caught:

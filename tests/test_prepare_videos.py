@@ -3,24 +3,20 @@
 import dataclasses
 import io
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from fractions import Fraction
 
 import av
 import numpy as np
+import prepare_cases
 import pytest
 from clip_cases import real_frames, turn, write_clip
 from PIL import Image
+from prepare_cases import assert_a_killed_run_goes_on_to_the_same_bytes, contents
 from tar_cases import write_tar
-from test_prepare import children_of, contents, environment, is_alive, wait_for
 
-from omnistream_jax.data import command, prepare
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.readers.prepared import Prepared
 from omnistream_jax.data.readers.prepared_videos import PreparedVideos
@@ -64,12 +60,7 @@ def undisturbed(tmp_path_factory, source):
 
 
 def run(source, output, *arguments, dataset="kinetics") -> int:
-    given = [f"--source={source}"] if source else []
-    given += [f"--output={output}"] if output else []
-    prepare.FLAGS.unparse_flags()
-    for name in prepare.FLAGS:
-        prepare.FLAGS[name].unparse()
-    return command.run(prepare.main, prepare.FLAGS, "", ["prepare", f"--dataset={dataset}", *given, *arguments])
+    return prepare_cases.run(source, output, *arguments, dataset=dataset)
 
 
 def decoded(data: bytes) -> tuple[np.ndarray, list[float]]:
@@ -258,32 +249,11 @@ def test_a_video_of_one_frame_is_kept(tmp_path):
 # Stops, damage and other settings
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, source, tmp_path):
-    root, output = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(source, root)
-    last = root / list(CLIPS)[4]
-    whole = last.read_bytes()
-    last.unlink()
-    os.mkfifo(last)  # whoever opens it waits: the run stops in the third shard
-    line = [sys.executable, "-m", "omnistream_jax.data.prepare", "--dataset=kinetics", "--workers=2"]
-    line += [f"--source={root}", f"--output={output}", *SMALL]
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: len(list(output.glob("shards/0*.json"))) == 2)
-        workers = children_of(process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    (output / "shards/.00002.1.tmp").write_bytes(b"half a shard")
-    wait_for(lambda: not any(map(is_alive, workers)), 10)
-    with pytest.raises(DataError, match="its preparation has not come to its end"):
-        PreparedVideos.open(output)
-    last.unlink()
-    last.write_bytes(whole)
-    kept = [(output / f"shards/0000{shard}.array_record").stat().st_mtime_ns for shard in (0, 1)]
-    assert run(root, output, *SMALL) == 0
-    assert [(output / f"shards/0000{shard}.array_record").stat().st_mtime_ns for shard in (0, 1)] == kept
-    assert contents(output) == contents(undisturbed)
+def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, source, tmp_path, capsys):
+    assert_a_killed_run_goes_on_to_the_same_bytes(
+        undisturbed, source, list(CLIPS)[4], tmp_path, PreparedVideos.open, SMALL, dataset="kinetics"
+    )
+    assert "3 shards, 2 finished already, 1 to do" in capsys.readouterr().out
 
 
 def test_damaged_videos_are_left_out_and_counted_by_reason(source, tmp_path, capsys):

@@ -119,9 +119,33 @@ def test_prototypes_wait_for_their_step():
     optimizer = dataclasses.replace(OPTIMIZER, freeze_prototypes_steps=2)
     gradients = {"head": {"last_layer": {"kernel": jnp.ones(2)}, "mlp_0": {"kernel": jnp.ones(2)}}}
     for step, expected in ((0, 0.0), (1, 0.0), (2, 1.0)):
-        kept = optimizer.frozen(gradients, jnp.int32(step))["head"]
+        kept = optimizer.scaled(gradients, jnp.int32(step))["head"]
         assert float(kept["last_layer"]["kernel"][0]) == expected
         assert float(kept["mlp_0"]["kernel"][0]) == 1.0
+
+
+def test_the_longest_name_gives_the_factor_of_a_learning_rate():
+    optimizer = dataclasses.replace(OPTIMIZER, factors=(("geometry/camera", 0.25), ("geometry", 0.5)))
+    ones = {"kernel": jnp.ones(2)}
+    params = {"backbone": ones, "geometry": {"camera": ones, "camera_like": ones}}
+    optimizer.check_factors(params)
+    changed = optimizer.scaled(params, jnp.int32(0))
+    assert changed["backbone"]["kernel"].tolist() == [1.0, 1.0]
+    assert changed["geometry"]["camera"]["kernel"].tolist() == [0.25, 0.25]
+    assert changed["geometry"]["camera_like"]["kernel"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("factors", [(("geometry/cam", 0.5),), (("depth", 0.5),)])
+def test_a_factor_of_no_parameters_is_refused(factors):
+    optimizer = dataclasses.replace(OPTIMIZER, factors=factors)
+    with pytest.raises(ValueError, match=r"optimizer.factors: no parameters are named"):
+        optimizer.check_factors({"backbone": jnp.ones(2), "geometry": {"camera": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize("pair", [("geometry", -1.0), ("geometry",), (1.0, "geometry")])
+def test_a_bad_factor_is_refused(pair):
+    with pytest.raises(ValueError, match=r"optimizer.factors: expected pairs"):
+        dataclasses.replace(OPTIMIZER, factors=(pair,))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.tensor_file import write_tensors
 
 CONFIG_NAME = "config.json"
@@ -143,9 +143,6 @@ def write_directory(directory: str | os.PathLike, config: Mapping[str, Any], ten
     """Write config.json and model.safetensors, each aside and then renamed, the weights first."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as aside:
-        weights, text = Path(aside) / WEIGHTS_NAME, Path(aside) / CONFIG_NAME
+    with written_aside(directory / CONFIG_NAME) as text, written_aside(directory / WEIGHTS_NAME) as weights:
         write_tensors(weights, tensors, {"format": "pt"})
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(weights, directory / WEIGHTS_NAME)
-        os.replace(text, directory / CONFIG_NAME)

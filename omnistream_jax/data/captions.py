@@ -2,8 +2,8 @@
 
 The picture keeps its proportions: it is resized to fit a square and laid into its top left corner. Nothing else is
 done to it: a crop could cut away what the text speaks of, a mirror would swap its left and right, other colours would
-belie it. Boxes in the text, `<|box_start|>(x1,y1),(x2,y2)<|box_end|>` in thousandths (0 to 999) of the image, become
-thousandths of the square: what the decoder says about places refers to what the backbone sees.
+belie it. Boxes in the text (data/boxes.py), in thousandths of the image, become thousandths of the square: what the
+decoder says about places refers to what the backbone sees.
 
 A row holds the captions of `captions_per_row` records that follow each other in the shuffled order, whatever their
 lengths: so batches are determined by the step alone, and every record comes once in a pass.
@@ -12,7 +12,6 @@ lengths: so batches are determined by the step alone, and every record comes onc
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,15 +19,14 @@ import grain
 import numpy as np
 from PIL import Image
 
-from omnistream_jax.data.chat import load_chat
+from omnistream_jax.data.boxes import move_boxes
+from omnistream_jax.data.chat import EMBEDDED, control_tokens, load_chat
 from omnistream_jax.data.errors import DataError, because, require_field
 from omnistream_jax.data.mixture import MixtureData
-from omnistream_jax.data.readers.captions import BOX_END, BOX_START, CONTROL, REF_END, REF_START, CaptionSource
+from omnistream_jax.data.readers.captions import CaptionSource
 from omnistream_jax.data.schema import CaptionedImage
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: near 0 once the model has normalised it
-_BOX = re.compile(re.escape(BOX_START) + r"\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)" + re.escape(BOX_END))
-_MAY_STAND_IN_TEXT = {BOX_START, BOX_END, REF_START, REF_END}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class CaptionData(MixtureData[CaptionSource]):
     A sample of `global_batch_size` is a row: a step draws `captions_per_row` times as many records.
 
     Attributes:
-      tokenizer: a tokenizer's JSON file (`tokenizer.json` of the Hugging Face layout) that has Qwen3's chat tokens.
+      tokenizer: "embedded", or a directory, hub id or JSON file of one with Qwen3's chat tokens (`chat.load_chat`).
       max_tokens: L, tokens of a row. Where its captions are longer, the longest answers are cut (`chat.shares`), and
         still end with the token that ends them. A record of which L // K tokens would hold nothing of the answer is
         skipped.
@@ -46,7 +44,7 @@ class CaptionData(MixtureData[CaptionSource]):
       size: S, side of the square in pixels.
     """
 
-    tokenizer: str
+    tokenizer: str = EMBEDDED
     max_tokens: int = 256
     captions_per_row: int = 1
     size: int = 224
@@ -95,9 +93,8 @@ def check_text(sample: CaptionedImage) -> None:
     """Raises DataError for an answer with no text, and for text with control tokens, which would fake a turn."""
     if not sample.answer.strip():
         raise DataError(f"{sample.path}: its caption has no text", reason="caption has no text")
-    found = set(CONTROL.findall(sample.instruction + " " + sample.answer)) - _MAY_STAND_IN_TEXT
-    if found:
-        raise DataError(f"{sample.path}: its text holds {', '.join(sorted(found))}", reason="text holds control tokens")
+    if found := control_tokens(sample.instruction + " " + sample.answer):
+        raise DataError(f"{sample.path}: its text holds {', '.join(found)}", reason="text holds control tokens")
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -117,22 +114,3 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, fl
     resized = Image.fromarray(image).resize((shown_width, shown_height), Image.Resampling.BICUBIC)
     square[:shown_height, :shown_width] = np.asarray(resized)
     return square, (shown_width / size, shown_height / size)
-
-
-def move_boxes(text: str, shown: tuple[float, float]) -> str:
-    """The boxes of a text, in thousandths of an image, as thousandths of the square that it takes `shown` shares of.
-
-    Raises:
-      DataError: there is a box that is not written as such.
-    """
-
-    def moved(match: re.Match[str]) -> str:
-        # Boxes are rounded down when written: a number stands for the middle of its thousandth.
-        x1, y1, x2, y2 = (
-            int((int(number) + 0.5) * share) for number, share in zip(match.groups(), (*shown, *shown), strict=True)
-        )
-        return f"{BOX_START}({x1},{y1}),({x2},{y2}){BOX_END}"
-
-    if len(_BOX.findall(text)) != max(text.count(BOX_START), text.count(BOX_END)):
-        raise DataError(f"a box is not written as {BOX_START}(x1,y1),(x2,y2){BOX_END}: {text!r}")
-    return _BOX.sub(moved, text)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.worker_pool import map_in_processes
+from omnistream_jax.utils import files
 
 FORMAT = 1
 INDEX, SETTINGS = "index.json", "settings.json"
@@ -171,10 +171,4 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file aside, waits until the disk has it, and renames it. Equal values give equal bytes."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, sort_keys=True, indent=None if path.name == INDEX else 1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    files.write_json(path, value, indent=None if path.name == INDEX else 1, sort_keys=True, durable=True)

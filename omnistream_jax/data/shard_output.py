@@ -85,7 +85,7 @@ def opened_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     _refuse_other_files(output)
     with WorkdirLock(output):
         (output / "shards").mkdir(exist_ok=True)
-        for leftover in (*output.glob(".*.tmp"), *output.glob("shards/.*.tmp")):
+        for leftover in (*output.glob(".*.tmp*"), *output.glob("shards/.*.tmp*")):
             leftover.unlink(missing_ok=True)
         _remember(output, settings)
         yield

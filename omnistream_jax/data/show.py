@@ -41,6 +41,7 @@ from omnistream_jax.data.readers.base import PosedSource
 from omnistream_jax.data.registry import ENTRIES, find_entry, open_dataset
 from omnistream_jax.data.schema import PosedFrame
 from omnistream_jax.data.sources import Source
+from omnistream_jax.utils.files import written_aside
 
 PATH_FRAMES = 24  # at most so many cameras are read for the path
 
@@ -80,9 +81,8 @@ def main() -> int:
     if faults == len(rows):
         raise DataError(f"{FLAGS.source}: none of {faults} samples can be shown")
     title = f"{source.name}: {len(source):,} {'sequences' if kind == 'posed' else 'records'}"
-    aside = output.with_name(f".{output.stem}.aside{output.suffix}")
-    framed(titled(title, below(rows))).save(aside)
-    aside.replace(output)
+    with written_aside(output) as aside:
+        framed(titled(title, below(rows))).save(aside)
     print(f"{len(rows) - faults} samples: {output}", flush=True)
     return 0
 

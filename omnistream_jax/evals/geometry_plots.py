@@ -11,6 +11,7 @@ import numpy as np
 
 from omnistream_jax.evals.camera_pose import PoseResult
 from omnistream_jax.evals.video_depth import DepthResult
+from omnistream_jax.utils.files import written_aside
 
 _DOTS_PER_INCH = 100
 _LARGEST_ERROR = 0.5  # of AbsRel, at the end of the colours
@@ -98,6 +99,5 @@ def _new_figure(inches: tuple[float, float]) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")

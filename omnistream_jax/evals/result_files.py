@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omnistream_jax.data.benchmarks.base import Benchmark, FrameSequence
+from omnistream_jax.utils.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,9 @@ class ResultFiles:
             What is stored: the row and its "key".
         """
         stored = {**row, "key": self.key(benchmark, sequence)}
-        write_json(self._path(benchmark, sequence.name), stored)
+        path = self._path(benchmark, sequence.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, stored)
         return stored
 
     def plot_path(self, benchmark: Benchmark, sequence: str) -> Path:
@@ -65,11 +68,3 @@ class ResultFiles:
 
     def _path(self, benchmark: Benchmark, sequence: str) -> Path:
         return self.folder / "results" / benchmark.name / f"{sequence}.json"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Written aside, then renamed; its folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)

@@ -1,4 +1,4 @@
-"""Attention over frames. B clips, T frames, P tokens a frame, H heads of width D.
+"""Attention over frames, and over rows of text. B clips, T frames, P tokens a frame, H heads of width D.
 
 Frame-causality (OmniStream eq. 3-4) is block-wise: a token sees all tokens of its own and of earlier frames,
 
@@ -66,6 +66,40 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.A
         scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhns,bshd->bnhd", weights, value)
+
+
+def segment_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    first_place: jax.Array | int = 0,
+) -> jax.Array:
+    """A decoder's attention: causal within segments, its query heads in groups that share keys and values.
+
+    A query sees a key that stands at its own place in the row or before it, and is of its own segment:
+
+        segment    1 1 2 2 0
+        1          x . . . .
+        1          x x . . .
+        2          . . x . .
+        2          . . x x .
+        0          . . . . x
+
+    Args:
+        query: [B, N, H, D], already rotated.
+        key, value: [B, S, K, D], H a multiple of K; the heads of a group are neighbours.
+        query_segments, key_segments: int32 [B, N] and [B, S].
+        first_place: of the first query among the keys; 0 where the queries are the keys' own tokens.
+
+    Returns:
+        [B, N, H, D] in the query's dtype; scores and softmax are float32. XLA's products on every platform.
+    """
+    places = first_place + jnp.arange(query.shape[1])
+    visible = jnp.arange(key.shape[1]) <= places[:, None]
+    visible = visible & (query_segments[:, :, None] == key_segments[:, None])  # [B, N, S]
+    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], implementation="xla")
 
 
 def check_window(window: int | None, sinks: int) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from scipy.spatial.transform import Rotation
 
 from omnistream_jax.data.opencv import cv2
+from omnistream_jax.utils.files import written_aside
 
 MILLIMETRES = 1000  # a metre
 FARTHEST = 65535  # millimetres in 16 bits
@@ -284,15 +285,8 @@ def aside_name(path: Path) -> Path:
 def _aside(path: str | os.PathLike) -> Iterator[Path]:
     """Where to write; renamed to `path` at the end of the block, removed if it is left by an exception."""
     path = Path(path)
-    temporary = aside_name(path)
-    try:
-        with _explained(path):
-            yield temporary
-            temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with _explained(path), written_aside(path, aside_name(path)) as aside:
+        yield aside
 
 
 @contextlib.contextmanager

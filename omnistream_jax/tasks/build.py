@@ -194,6 +194,7 @@ def _geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backb
             weights=weights,
             frames=fields.frames,
             size=(fields.height, fields.width),
+            strides=(tuple(fields.stride),) * len(sources) if fields.stride else None,
             crop_scale=tuple(fields.crop_scale),
             colour=fields.colour,
         )
@@ -248,13 +249,15 @@ def _data(name: str, fields: ConfigDict, patch_size: int, gram_size: int) -> Sel
 def _source(name: str, fields: ConfigDict, path: str) -> Any:
     """What one entry of a task's paths names: EMBEDDED, DATASET:DIR of data/registry.py, or a folder, list or file."""
     kind = _KINDS[fields.kind]
-    if path == EMBEDDED:
-        return open_dataset("world", "train") if kind == "posed" else embedded_source(kind, "train")
     dataset, colon, root = path.partition(":")
     sampling = {}
     if kind == "videos":
         sampling = {"short_side": fields.short_side or None, "frame_rate": fields.frame_rate or None}
     try:
+        if path == EMBEDDED and kind == "posed":  # rendered as large as it is needed
+            return open_dataset("world", "train", size=max(fields.height, fields.width))
+        if path == EMBEDDED:
+            return embedded_source(kind, "train")
         if colon and dataset in ENTRIES:
             if ENTRIES[dataset].kind != kind:
                 raise ConfigError(f"tasks.{name}.paths: {dataset} holds {ENTRIES[dataset].kind}, expected {kind}")

@@ -13,6 +13,8 @@ from typing import TextIO
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from omnistream_jax.utils.files import written_aside
+
 _RATE_WRITES = 10  # the rate of steps is that of the latest writes, so that compilation is soon forgotten
 
 
@@ -118,9 +120,8 @@ def _truncate(path: Path, restored_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= restored_step]
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _json_number(value: float) -> float | None:

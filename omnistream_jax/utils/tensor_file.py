@@ -11,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from omnistream_jax.utils.files import written_aside
+
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -62,7 +64,6 @@ class TensorFileWriter:
 
     def finish(self, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
         """Writes the file aside, then renames it to `path`; the same rows and metadata give the same bytes."""
-        path, aside = Path(path), self._folder / "joined"
         # The widest types first, so that every tensor is aligned to its elements.
         names = sorted(self._tensors, key=lambda name: (-self._tensors[name][0].itemsize, name))
         header, offset = {"__metadata__": dict(sorted(metadata.items()))}, 0
@@ -77,15 +78,13 @@ class TensorFileWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with aside.open("wb") as joined:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        aside = self._folder / "joined"
+        with written_aside(path, aside, durable=True), aside.open("wb") as joined:
             joined.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 with self._tensors[name][2].open("rb") as file:
                     shutil.copyfileobj(file, joined, 1 << 20)
-            joined.flush()
-            os.fsync(joined.fileno())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, path)
         self.discard()
 
     def discard(self) -> None:

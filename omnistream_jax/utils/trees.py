@@ -12,6 +12,11 @@ _WORDS = {
 }  # bytes of an element -> what it is read as
 
 
+def leaf_name(path: tuple) -> str:
+    """The name of the leaf at a path of jax.tree_util, as in "params/block/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def named_leaves(tree: object) -> dict[str, object]:
     """Leaves of a tree by name, in the tree's order: {"params/block/kernel": leaf, ...}; None is no leaf.
 
@@ -20,7 +25,7 @@ def named_leaves(tree: object) -> dict[str, object]:
     leaves = {}
     seen = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = leaf_name(path)
         if (other := seen.setdefault(name.replace("/", "."), name)) != name or name in leaves:
             raise ValueError(f"two leaves of the tree have the name {name!r} (the other: {other!r})")
         leaves[name] = leaf

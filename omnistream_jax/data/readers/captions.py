@@ -1,30 +1,22 @@
 """What the readers of captioned images share: how instructions and answers are worded, and the checks on every row.
 
-Boxes in text are written as Qwen's models have them, in tokens that their vocabulary holds:
+Boxes in text are written as data/boxes.py has it, with corners in thousandths of the image.
 
-    <|object_ref_start|>a red car<|object_ref_end|><|box_start|>(112,250),(498,731)<|box_end|>
-
-with corners in whole thousandths of the image's width and height, 0 to 999, rounded down.
-
-A malformed row raises DataError that names it when it is read, not when
-the data set is opened, so that a run can skip and count it.
+A malformed row raises DataError that names it when it is read, not when the data set is opened, so that a run can skip
+and count it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from omnistream_jax.data.boxes import REF_END, REF_START, format_box, format_phrase
+from omnistream_jax.data.chat import CONTROL
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.schema import CaptionedImage
-
-REF_START, REF_END = "<|object_ref_start|>", "<|object_ref_end|>"
-BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
-CONTROL = re.compile(r"<\|\w+\|>|</?think>")
-"""Tokens that mean something to the decoder."""
 
 DESCRIBE = "Describe the image."
 DESCRIBE_WITH_BOXES = "Describe the image and give the boxes of what you name."
@@ -93,8 +85,7 @@ def grounded_prompt(caption: object, spans: Sequence[tuple[int, int, Sequence[fl
     for start, end in sorted(boxes_of, key=lambda span: (span[0], -span[1])):
         if start < place:
             continue
-        written = "".join(write_box(box) for box in boxes_of[start, end])
-        answer += [text[place:start], REF_START, text[start:end], REF_END, written]
+        answer += [text[place:start], format_phrase(text[start:end], boxes_of[start, end])]
         boxes += boxes_of[start, end]
         phrases += [text[start:end]] * len(boxes_of[start, end])
         place = end
@@ -104,7 +95,7 @@ def grounded_prompt(caption: object, spans: Sequence[tuple[int, int, Sequence[fl
 def locate_prompt(phrase: object, box: Sequence[float], row: str) -> Prompt:
     """The box of what a phrase speaks of. Raises DataError, naming the row, for an empty phrase or no box."""
     text, corners = check_text(phrase, row), check_box(box, row)
-    return Prompt(LOCATE.format(phrase=text), write_box(corners), corners[None], (text,))
+    return Prompt(LOCATE.format(phrase=text), format_box(corners), corners[None], (text,))
 
 
 def transcribe_prompt(pieces: Sequence[tuple[object, Sequence[float]]], row: str, *, with_boxes: bool) -> Prompt:
@@ -119,7 +110,7 @@ def transcribe_prompt(pieces: Sequence[tuple[object, Sequence[float]]], row: str
     boxes = np.stack([check_box(box, row) for _, box in pieces])
     if not with_boxes:
         return Prompt(TRANSCRIBE, "\n".join(texts), _no_boxes(), ())
-    lines = [f"{REF_START}{text}{REF_END}{write_box(box)}" for text, box in zip(texts, boxes, strict=True)]
+    lines = [format_phrase(text, [box]) for text, box in zip(texts, boxes, strict=True)]
     return Prompt(TRANSCRIBE_WITH_BOXES, "\n".join(lines), boxes, texts)
 
 
@@ -157,12 +148,6 @@ def check_box(box: Sequence[float], row: str) -> np.ndarray:
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
         raise DataError(f"{row}: a box lies beside the image: ({x1:g}, {y1:g}, {x2:g}, {y2:g})", reason="box outside")
     return cut
-
-
-def write_box(box: np.ndarray) -> str:
-    """A box of shares [4] as text in thousandths."""
-    x1, y1, x2, y2 = (min(999, int(float(share) * 1000 + 1e-4)) for share in box)  # float32's 0.7 is 0.69999999
-    return f"{BOX_START}({x1},{y1}),({x2},{y2}){BOX_END}"
 
 
 def _no_boxes() -> np.ndarray:

@@ -13,7 +13,6 @@ and that is what is read. The fields are as the API of the authors uses them; no
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from omnistream_jax.data.readers.captions import locate_prompt
 from omnistream_jax.data.readers.files import read_json, reading
 from omnistream_jax.data.readers.safe_pickle import read_plain_pickle
 from omnistream_jax.data.schema import CaptionedImage
+from omnistream_jax.utils.files import write_json
 
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 """Who split each; refcocog's "google" split shares images between its parts and is not read."""
@@ -132,13 +132,8 @@ def convert_refs(source: str | os.PathLike, target: str | os.PathLike | None = N
     target = source.with_suffix(".json") if target is None else Path(target)
     references = read_plain_pickle(source)
     _sentences(references, "", source)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with reading(target, "a place where it can be written"), open(aside, "w", encoding="utf-8") as file:
-            json.dump(references, file)
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with reading(target, "a place where it can be written"):
+        write_json(target, references, indent=None)
     return len(references)
 
 
