@@ -21,29 +21,31 @@ INSTALL_REQUIRES = [
     "safetensors>=0.5",
     "scipy>=1.13",
     "tensorboardX>=2.6.2",
+    "tokenizers>=0.20",
 ]
 
 VIZ = ["rerun-sdk>=0.24"]
 EVAL = ["matplotlib>=3.9"]
+# Tokenizers by directory or hub id; the embedded one and single files need none of it.
+HF = ["jinja2>=3.1", "transformers>=4.56"]
 # What some published data sets are stored in; the quick start needs none of it.
 DATA = [
     "google-crc32c>=1.5",
     "h5py>=3.11",
     "OpenEXR>=3.3",
     "pyarrow>=17",
-    "tokenizers>=0.20",
 ]
 
 EXTRAS_REQUIRE = {
     "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     "cuda13": ["jax[cuda13]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
-    "hf": ["jinja2>=3.1", "transformers>=4.56"],
+    "hf": HF,
     "tfds": ["importlib_resources", "tensorflow-datasets>=4.9"],
     "data": DATA,
     "viz": VIZ,
     "eval": EVAL,
-    "test": ["chex>=0.1.90", "evo>=1.38", "plyfile>=1.0", "pytest>=8", "ruff>=0.12", *DATA, *EVAL, *VIZ],
+    "test": ["chex>=0.1.90", "evo>=1.38", "plyfile>=1.0", "pytest>=8", "ruff>=0.12", *DATA, *EVAL, *HF, *VIZ],
 }
 
 setup(

@@ -8,12 +8,17 @@ import pytest
 def compilation_cache(tmp_path_factory):
     """Programs that several tests compile are compiled once a session."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules that compile far more than they compute: the compiler hardly optimises, in half the time."""
+    """For modules that compile far more than they compute: the compiler hardly optimises, in half the time.
+
+    Programs in memory are forgotten before and after, for their keys do not tell how they were optimised.
+    """
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def recorded(path, entity: str, column: str):
             rows += zip(batch.column("frame").to_pylist(), stamps, batch.column(column).to_pylist(), strict=True)
     rows.sort(key=lambda row: row[0])
     return [row[0] for row in rows], [row[1] / 1e9 for row in rows], [row[2][0] for row in rows]
+
+
+def assert_rerun_verifies(recording: Path) -> None:
+    """The check of the recordings' own tool."""
+    program = Path(sys.executable).with_name("rerun")
+    if not program.exists():
+        pytest.skip("the rerun program is not beside this interpreter")
+    command = [program, "rrd", "verify", str(recording)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def video_frames(path) -> tuple[np.ndarray, list[float]]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from source_cases import FakeCaptions, write_tokenizer
 
-from omnistream_jax.data.captions import CaptionData, check_text, letterbox, move_boxes
+from omnistream_jax.data.boxes import move_boxes
+from omnistream_jax.data.captions import CaptionData, check_text, letterbox
 from omnistream_jax.data.chat import shares
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.pipeline import build_pipeline
@@ -183,16 +184,6 @@ def test_a_picture_keeps_its_proportions_and_the_box_in_the_text_its_place(heigh
     seen = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 90
     moved = np.array([int(number) for number in re.findall(r"\d+", move_boxes(text, shown))]) / 999
     np.testing.assert_allclose(moved, seen, atol=1.01 / 90)
-
-
-def test_hand_typed_boxes_move():
-    text = "<|box_start|>(0,0),(999,999)<|box_end|> and <|box_start|>(100,200),(500,600)<|box_end|>"
-    expected = "<|box_start|>(0,0),(999,499)<|box_end|> and <|box_start|>(100,100),(500,300)<|box_end|>"
-    assert move_boxes(text, (1.0, 0.5)) == expected
-    assert move_boxes("no box (1,2),(3,4)", (0.5, 1.0)) == "no box (1,2),(3,4)"
-    for broken in ("<|box_start|>(1,2)<|box_end|>", "<|box_start|>(1,2),(3,4)", "(1,2),(3,4)<|box_end|>"):
-        with pytest.raises(DataError, match="a box is not written as"):
-            move_boxes(broken, (1.0, 1.0))
 
 
 def test_text_that_is_none_or_fakes_a_turn_is_refused():

@@ -8,14 +8,22 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from backbone_cases import random_model
 from clip_cases import decode_plainly, real_frames, write_clip
-from live_cases import CONFIG, REPOSITORY, command, environment, recorded, summary_of, video_frames
+from live_cases import (
+    CONFIG,
+    REPOSITORY,
+    assert_rerun_verifies,
+    command,
+    environment,
+    recorded,
+    summary_of,
+    video_frames,
+)
 
 import omnistream_jax
 from omnistream_jax import config as config_lib
@@ -114,12 +122,7 @@ def test_the_recording_holds_every_frame_with_the_colours_of_a_fixed_basis(shown
 
 
 def test_the_recording_passes_the_check_of_its_own_tool(shown):
-    program = Path(sys.executable).with_name("rerun")
-    if not program.exists():
-        pytest.skip("the rerun program is not beside this interpreter")
-    command = [program, "rrd", "verify", str(shown[0] / live_view.RECORDING)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert_rerun_verifies(shown[0] / live_view.RECORDING)
 
 
 def test_the_video_shows_frames_and_colours_side_by_side(shown):

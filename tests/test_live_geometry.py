@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +14,7 @@ from clip_cases import decode_plainly, real_frames, write_clip
 from evo.tools.file_interface import read_tum_trajectory_file
 from geometry_model_cases import random_geometry_model
 from goldens import relative_error
-from live_cases import CONFIG, recorded, summary_of, video_frames
+from live_cases import CONFIG, assert_rerun_verifies, recorded, summary_of, video_frames
 from PIL import Image
 from plyfile import PlyData
 from safetensors.numpy import load_file
@@ -259,12 +257,7 @@ def test_the_recorded_points_grow_and_are_chosen_by_chance(shown):
 
 
 def test_the_recording_passes_the_check_of_its_own_tool(shown):
-    program = Path(sys.executable).with_name("rerun")
-    if not program.exists():
-        pytest.skip("the rerun program is not beside this interpreter")
-    command = [program, "rrd", "verify", str(shown[0] / live_view.RECORDING)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert_rerun_verifies(shown[0] / live_view.RECORDING)
 
 
 def test_the_video_shows_frames_features_and_depth(shown):

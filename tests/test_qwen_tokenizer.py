@@ -7,20 +7,19 @@ Any tokenizer.json of a Qwen3 model does; its tokenizer_config.json, which holds
 """
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from omnistream_jax.data.captions import CaptionData, letterbox, move_boxes
+from omnistream_jax.data.boxes import malformed_boxes, move_boxes, parse_boxes
+from omnistream_jax.data.captions import CaptionData, letterbox
 from omnistream_jax.data.chat import load_chat
 from omnistream_jax.data.pipeline import build_pipeline
 from omnistream_jax.data.world import WorldCaptions
 
 TOKENIZER = os.environ.get("OMNISTREAM_QWEN_TOKENIZER", "")
 RECORDS = 120
-BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 CAPTIONS = WorldCaptions("heldout", RECORDS, size=48)
 
 pytestmark = [
@@ -74,20 +73,45 @@ def test_text_is_what_the_published_template_makes_of_it(qwen, rows):
             messages[:1], tokenize=True, return_dict=False, add_generation_prompt=True, enable_thinking=False
         )
         assert tokens == [*prompt, *learned]
+        assert load_chat(TOKENIZER).prompt(asked) == tuple(prompt)
         assert learned[-1] == qwen.eos_token_id
 
 
 def test_boxes_come_back_from_tokens(qwen, rows):
     boxes = 0
     for index, (_, learned) in rows[1].items():
-        record, text = CAPTIONS.read(index), qwen.decode(learned[:-1])
+        record, text = CAPTIONS.read(index), load_chat(TOKENIZER).decode(learned)
+        assert text == qwen.decode(learned[:-1])
         assert text == record.answer  # a square picture keeps its boxes
-        written = np.array([[int(corner) for corner in found] for found in BOX.findall(text)]).reshape(-1, 4)
+        assert malformed_boxes(text) == 0
         if CAPTIONS.task(index) in ("ground", "locate"):
-            np.testing.assert_allclose((written + 0.5) / 1000, record.boxes, atol=0.0006)
-            boxes += len(written)
+            np.testing.assert_allclose([box.corners for box in parse_boxes(text)], record.boxes, atol=0.0006)
+            boxes += len(record.boxes)
     assert boxes > RECORDS / 2
 
 
 def test_the_vocabulary_is_that_of_the_file(qwen):
-    assert load_chat(TOKENIZER).vocabulary_size == len(qwen) == 151_669
+    chat = load_chat(TOKENIZER)
+    assert chat.vocabulary_size == len(qwen) == 151_669
+    assert chat.stops == (qwen.eos_token_id, qwen.pad_token_id)
+    chat.check_vocabulary(151_936)  # that of the published weights
+
+
+def test_a_directory_gives_the_tokens_of_its_file():
+    file, directory = load_chat(TOKENIZER), load_chat(str(Path(TOKENIZER).parent))
+    texts = ["2 cafés  cost 1,234.5 €\r\n\tDon't!", "世界 🎉 <think>\n</think><|box_start|>(1,22),(333,0)<|box_end|>"]
+    for text in [*texts, *(CAPTIONS.read(index).answer for index in range(20))]:
+        turn = file.turn("Say it.", text, "x")
+        assert turn == directory.turn("Say it.", text, "x")
+        assert file.decode(turn.answer) == directory.decode(turn.answer) == text
+    assert directory.stops == file.stops
+    assert directory.vocabulary_size == file.vocabulary_size
+
+
+def test_streamed_characters_come_whole(qwen):
+    text = "世界 🎉🏳️‍🌈 ᚠᛇᚻ café"
+    tokens, stream = qwen.encode(text), load_chat(TOKENIZER).stream_decoder()
+    parts = [stream.add(token) for token in tokens]
+    assert "" in parts  # a token that is no whole character
+    assert "".join(parts) == text
+    assert "\ufffd" not in "".join(parts)

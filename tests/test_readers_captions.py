@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from tar_cases import photograph, write_shard, write_tar
 
-from omnistream_jax.data.captions import check_text, move_boxes
+from omnistream_jax.data.captions import check_text
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.readers import captions, tables
 from omnistream_jax.data.readers.blip3_ocr import open_blip3_ocr, read_pieces
@@ -27,15 +27,6 @@ LONG = (
 SHORT = LONG.replace("a woman in an orange suit<|object_ref_end|>", "a woman<|object_ref_end|>").replace(
     "<|box_end|> beside", "<|box_end|> in an orange suit beside"
 )
-
-
-def test_boxes_are_written_in_thousandths_rounded_down():
-    boxes = {(0, 0, 1, 1): "(0,0),(999,999)", (0.1, 0.2, 0.7, 0.9995): "(100,200),(700,999)", (0.0019, 0, 0.5, 1): None}
-    for box, text in boxes.items():
-        written = captions.write_box(np.array(box, np.float32))
-        assert text is None or written == f"<|box_start|>{text}<|box_end|>"
-        assert move_boxes(written, (1.0, 1.0)) == written  # what data/captions.py takes for a box
-    assert "(1,0),(500,999)" in captions.write_box(np.array([0.0019, 0, 0.5, 1]))
 
 
 @pytest.mark.parametrize(

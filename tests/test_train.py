@@ -17,6 +17,7 @@ from omnistream_jax.config import ConfigError
 from omnistream_jax.utils.metrics import read_metrics
 from omnistream_jax.utils.trees import named_leaves
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TERMS = ("dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
 GEOMETRY = ("depth", "rays", "points", "camera")
 

@@ -28,6 +28,7 @@ def world_geometry(reconstruct: Reconstruct, clips: WorldClips) -> dict[str, flo
         ate: root mean square error of the camera's place after a similarity, by the camera head.
         ate_rays: the same by the ray maps.
         ate_still: of a camera that stands still at the best place.
+        ate_straight: of a camera that goes straight at constant speed, from the best place along the best line.
     """
     rows = []
     for start in range(0, len(clips), _BATCH):
@@ -47,6 +48,7 @@ def world_geometry(reconstruct: Reconstruct, clips: WorldClips) -> dict[str, flo
                     "ate": _ate(poses[index, :, :3, 3].astype(np.float64), centres),
                     "ate_rays": _ate(from_rays[index, :, :3, 3].astype(np.float64), centres),
                     "ate_still": _spread(centres),
+                    "ate_straight": _off_line(centres),
                 }
             )
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -66,6 +68,13 @@ def _ate(estimate: np.ndarray, reference: np.ndarray) -> float:
 
 def _spread(centres: np.ndarray) -> float:
     return float(np.sqrt(np.square(centres - centres.mean(0)).sum(1).mean()))
+
+
+def _off_line(centres: np.ndarray) -> float:
+    """Of the straight line at constant speed that comes closest to centres [T, 3]."""
+    design = np.stack([np.ones(len(centres)), np.arange(len(centres))], axis=1)
+    line = design @ np.linalg.lstsq(design, centres, rcond=None)[0]
+    return float(np.sqrt(np.square(centres - line).sum(1).mean()))
 
 
 def _best_constant(target: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Real photographs and real video that come with the package, so that a first training needs no download.
+"""Real photographs, real video and a tokenizer that come with the package: a first training needs no download.
 
 NOTICE, at the root of the repository, gives the origin and the licence of each file. The held-out files are never
 trained on: they serve evaluation and pictures.
@@ -19,6 +19,8 @@ KINDS = ("images", "videos")
 SPLITS = ("train", "heldout")
 HELDOUT_CLIP = "plant.mp4"
 """36 frames of a desk with plants, 320 x 240, from a camera held in the hand."""
+TOKENIZER = Path(str(resources.files(__name__))) / "tokenizer.json"
+"""Made by make_tokenizer.py."""
 
 
 def embedded_files(kind: str, split: str) -> list[Path]:

@@ -169,7 +169,7 @@ class WorldCaptions(_World):
 
     A picture is scene i at a moment of its own; its text names colours, materials, shapes, numbers and places that
     the picture shows. In turn, a record is one of TASKS: a description; a description with boxes in the text; the box
-    of one thing; a question. Boxes are written as readers/captions.py has it.
+    of one thing; a question. Boxes are written as data/boxes.py has it.
     """
 
     frames: int = 1
