@@ -2,31 +2,37 @@
 
     python -m omnistream_jax.main --config=configs/pretrain.py[:RECIPE] [--workdir=DIR] [--config.field=value ...]
 
-(no argument)   The quick start: a tiny model on the photographs, videos and rendered scenes that come with the
-                package. A CPU of 2 cores, under 5 minutes and 6 GB. It promises pictures, not quality. Writes
+(no argument)   The quick start: a tiny model on the photographs, videos, rendered scenes and captions that come with
+                the package. A CPU of 2 cores, under 5 minutes and 6 GB. It promises pictures, not quality. Writes
                 runs/quickstart.
+learn           What is learned of geometry from the rendered scenes in a quarter of an hour on 2 cores: scores on
+                held-out scenes in the last line of runs/learn/metrics.jsonl.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from stage 1's `model` directory:
                 --config.init.backbone=runs/stage1/model --config.self_supervision.gram.backbone=DINOV3_DIR
-                (the heads start anew: `model` holds the backbone).
-no_video, no_geometry
+                (the heads, projector and decoder start anew; --config.init.decoder=runs/stage1/model/decoder keeps
+                the decoder).
+no_video, no_geometry, no_caption
                 The paper's ablations, of the quick start, or behind a comma of another recipe (stage1,no_video).
 
-The paper's recipes need data and, as in the paper, DINOv3's weights to start from:
+The paper's recipes need data and, as in the paper, DINOv3's and Qwen3-0.6B's weights to start from:
 
     --config.tasks.image_ssl.paths=DIR[,DIR...]    photographs: folders, or .txt lists of files
     --config.tasks.clip_ssl.paths=DIR[,DIR...]     videos, likewise
     --config.tasks.clip_geometry.paths=NAME:DIR[,NAME:DIR...]   posed RGB-D sets, as scannet:/data/scannet
+    --config.tasks.caption.paths=NAME:DIR[,NAME:DIR...]         captioned images, as grit:/data/grit
     --config.init.backbone=DIR                     DINOv3 in the Hugging Face layout, or one of our exports
+    --config.init.decoder=DIR                      Qwen3-0.6B in the Hugging Face layout, with its tokenizer
 
-They train self-supervision and streaming geometry; language joins when it is built. A task of weight 0 is left out.
+They train self-supervision, streaming geometry and vision-language alignment. A task of weight 0 is left out.
 Batches are split over all devices; running the same command again goes on from the last checkpoint.
 """
 
 from ml_collections import ConfigDict
 
-RECIPES = ("", "stage1", "stage2")
-ABLATIONS = {"no_video": "clip_ssl", "no_geometry": "clip_geometry"}  # name -> the task that is left out
+RECIPES = ("", "learn", "stage1", "stage2")
+# name -> the task that is left out
+ABLATIONS = {"no_video": "clip_ssl", "no_geometry": "clip_geometry", "no_caption": "caption"}
 
 
 def get_config(recipe: str = "") -> ConfigDict:
@@ -41,6 +47,8 @@ def get_config(recipe: str = "") -> ConfigDict:
     config = _paper()
     if recipe == "stage2":
         _second_stage(config)
+    elif recipe == "learn":
+        _learn(config)
     elif recipe == "":
         _quick_start(config)
     for part in without:
@@ -71,7 +79,8 @@ def _paper() -> ConfigDict:
             "kernel_std": 0.02,
         }
     )
-    config.init = ConfigDict({"backbone": ""})
+    # Directories or hub ids; "": from scratch. The decoder is Qwen3 in the Hugging Face layout.
+    config.init = ConfigDict({"backbone": "", "decoder": ""})
 
     # Adam as in the paper. Where it is silent, as DINOv3: the norm of each module's gradient is clipped at clip_norm
     # (0: not), and the heads' prototypes wait for freeze_prototypes_steps. factors: of the learning rate of parts of
@@ -128,6 +137,29 @@ def _paper() -> ConfigDict:
         }
     )
 
+    # The decoder of captions (SPEC 6). tokenizer: "embedded", or a directory, hub id or JSON file of one with Qwen3's
+    # chat tokens; "": that of init.decoder. decoder: tiny, 0.6b, 1.7b, ... (models/qwen3.py), and other sizes than the
+    # preset's where they are not 0; a vocabulary_size of 0 is the tokenizer's. kernel_std: standard deviation of the
+    # projector's kernels, and of the decoder's where it starts from scratch. chunk: tokens of a device whose logits are
+    # held at once.
+    config.language = ConfigDict(
+        {
+            "tokenizer": "",
+            "decoder": {
+                "preset": "0.6b",
+                "vocabulary_size": 151_936,
+                "width": 0,
+                "depth": 0,
+                "heads": 0,
+                "kv_heads": 0,
+                "head_width": 0,
+                "hidden": 0,
+            },
+            "kernel_std": 0.02,
+            "chunk": 256,
+        }
+    )
+
     # One entry a task; weight 0 leaves it out. Batch sizes are samples a step over all devices.
     # paths: folders or .txt lists, or data sets as NAME:DIR (data/registry.py), separated by commas; "embedded" is what
     # comes with the package. path_weights: their shares; (): by the square root of their sizes. short_side: videos are
@@ -160,7 +192,19 @@ def _paper() -> ConfigDict:
         "crop_scale": (0.8, 1.0),
         "colour": True,
     }
-    config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip, "clip_geometry": posed})
+    # paths of captions as of posed clips. A sample is a row: captions_per_row images of size x size pixels and their
+    # texts, of max_tokens tokens together; longer answers are cut. 256 captions a step.
+    captioned = {
+        "kind": "captioned",
+        "weight": 1.0,
+        "paths": "",
+        "path_weights": (),
+        "batch_size": 64,
+        "captions_per_row": 4,
+        "max_tokens": 512,
+        "size": 224,
+    }
+    config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip, "clip_geometry": posed, "caption": captioned})
 
     # An unreadable sample is replaced by another of its source, counted and told; a source that fails in a larger
     # share of its last 100 samples stops the run.
@@ -170,7 +214,8 @@ def _paper() -> ConfigDict:
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 20_000})
     # At the end, on held-out frames that come with the package: features.png of a clip of so many frames at this side,
-    # and patch retrieval at the side of the global crops; with geometry, depth and cameras of so many rendered scenes.
+    # and patch retrieval at the side of the global crops; with geometry, depth and cameras of so many rendered scenes;
+    # with captions, captions.png, and so many descriptions, boxes and answers each about rendered scenes.
     config.evaluation = ConfigDict(
         {
             "picture_frames": 8,
@@ -178,6 +223,7 @@ def _paper() -> ConfigDict:
             "retrieval_size": 224,
             "geometry_scenes": 32,
             "geometry_size": 224,
+            "caption_records": 32,
         }
     )
     return config
@@ -190,6 +236,8 @@ def _second_stage(config: ConfigDict) -> None:
     for task in (config.tasks.image_ssl, config.tasks.clip_ssl):
         task.update({"global_size": 512, "local_size": 224})
     config.tasks.clip_geometry.update({"height": 512, "width": 512})
+    # An image takes 1,024 tokens, so that packing would cost more in attention than it saves in padding.
+    config.tasks.caption.update({"size": 512, "batch_size": 256, "captions_per_row": 1, "max_tokens": 256})
     config.evaluation.update({"picture_size": 512, "retrieval_size": 512, "geometry_size": 512})
 
 
@@ -218,7 +266,32 @@ def _quick_start(config: ConfigDict) -> None:
     config.geometry.update({"features": 16, "out_channels": (16, 16, 32, 32), "rope_jitter": 1.0})
     posed = {"paths": "embedded", "batch_size": 2, "frames": 4, "height": 64, "width": 64}
     config.tasks.clip_geometry.update(posed)
+    config.language.tokenizer = "embedded"
+    config.language.decoder.update({"preset": "tiny", "vocabulary_size": 0})
+    captioned = {"paths": "embedded", "batch_size": 2, "captions_per_row": 2, "max_tokens": 160, "size": 64}
+    config.tasks.caption.update(captioned)
     config.loader.update({"workers": 0, "prefetch": 4})
     config.log_every = 10
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
     config.evaluation.update({"retrieval_size": 96, "geometry_scenes": 16, "geometry_size": 64})
+    config.evaluation.caption_records = 16
+
+
+def _learn(config: ConfigDict) -> None:
+    _quick_start(config)
+    config.name = "learn"
+    config.steps = 1_500
+    # Kernels of 0.02 hardly pass a signal on at this width; the camera head's ReLUs die at the rate of the rest.
+    config.model.update({"patch_size": 8, "kernel_std": 0.08, "layer_scale": 1.0})
+    config.optimizer.update({"peak": 1e-3, "warmup_steps": 100, "clip_norm": 1.0})
+    config.optimizer.factors = (("geometry/camera", 0.2),)
+    config.self_supervision.gram.weight = 0.0
+    for task in (config.tasks.image_ssl, config.tasks.clip_ssl, config.tasks.caption):
+        task.weight = 0.0
+    config.geometry.update({"features": 8, "out_channels": (8, 8, 16, 16)})
+    clips = {"batch_size": 8, "frames": 8, "stride": (2, 2), "height": 32, "width": 32}
+    config.tasks.clip_geometry.update(clips)
+    config.loader.workers = 1
+    config.log_every = 50
+    config.checkpoint.every = 500
+    config.evaluation.update({"geometry_scenes": 96, "geometry_size": 32})

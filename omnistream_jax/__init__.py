@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omnistream_jax.geometry_model import GeometryModel
+    from omnistream_jax.language_model import LanguageModel
     from omnistream_jax.model import Model
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "load_geometry"]
+__all__ = ["__version__", "load", "load_geometry", "load_language"]
 
 
 def load(path: str, rope: str | None = None, dtype: Any = None) -> "Model":
@@ -37,3 +38,15 @@ def load_geometry(path: str, rope: str | None = None, dtype: Any = None) -> "Geo
     from omnistream_jax import geometry_model
 
     return geometry_model.load_geometry(path, rope=rope, dtype=dtype)
+
+
+def load_language(path: str, rope: str | None = None, dtype: Any = None) -> "LanguageModel":
+    """Load a backbone with a decoder, which answers questions about images and clips, from a directory or the hub.
+
+    Args:
+        path: a directory that training left as WORKDIR/model, or a hub id when online.
+        rope, dtype: as of `load`.
+    """
+    from omnistream_jax import language_model
+
+    return language_model.load_language(path, rope=rope, dtype=dtype)

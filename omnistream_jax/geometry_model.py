@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 
 from omnistream_jax import model as model_lib
-from omnistream_jax.convert.files import WeightsError, find_directory, read_json, read_tensor_file
+from omnistream_jax.convert.files import WeightsError, check_shapes, find_directory, read_json, read_tensor_file
 from omnistream_jax.geometry.cameras import decode_camera
 from omnistream_jax.geometry.rays import camera_from_rays
 from omnistream_jax.model import Frames, Model
@@ -23,7 +23,7 @@ from omnistream_jax.models.geometry import GeometryConfig, GeometryHeads
 from omnistream_jax.stream import Stream
 from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.tensor_file import write_tensors
-from omnistream_jax.utils.trees import describe, named_leaves, nest
+from omnistream_jax.utils.trees import named_leaves, nest
 
 CONFIG_NAME, WEIGHTS_NAME = "geometry.json", "geometry.safetensors"
 
@@ -140,7 +140,7 @@ def load_geometry(path: str | os.PathLike, rope: str | None = None, dtype: Any =
     config = _read_config(directory / CONFIG_NAME, model.config.depth)
     built = build_geometry_model(model, config, {})
     tensors = read_tensor_file(directory / WEIGHTS_NAME)
-    _check(directory / WEIGHTS_NAME, tensors, _shapes(built.heads))
+    check_shapes(directory / WEIGHTS_NAME, tensors, _shapes(built.heads))
     params = jax.tree.map(jnp.asarray, nest({name: tensor.astype(np.float32) for name, tensor in tensors.items()}))
     return dataclasses.replace(built, params=params)
 
@@ -172,18 +172,6 @@ def _shapes(heads: GeometryHeads) -> dict[str, tuple[int, ...]]:
     init = functools.partial(heads.init, height=side, width=side)
     params = jax.eval_shape(init, jax.random.key(0), [token] * len(heads.config.layers), camera)["params"]
     return {name: leaf.shape for name, leaf in named_leaves(params).items()}
-
-
-def _check(path: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())]
-    problems += [f"{name} is not expected" for name in sorted(tensors.keys() - shapes.keys())]
-    problems += [
-        f"{name} is {describe(tensors[name])}, expected shape {list(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise WeightsError(f"{path}: " + "; ".join(problems))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -9,24 +9,31 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from omnistream_jax.data.chat import load_chat
 from omnistream_jax.data.embedded import heldout_clip
 from omnistream_jax.data.picture import colour_depth
-from omnistream_jax.data.world import WorldClips
+from omnistream_jax.data.world import WorldCaptions, WorldClips
+from omnistream_jax.evals.box_picture import described_pictures
 from omnistream_jax.evals.patch_retrieval import patch_retrieval
 from omnistream_jax.evals.pca import pca_picture
 from omnistream_jax.evals.rows import labelled_row
+from omnistream_jax.evals.world_captions import world_captions
 from omnistream_jax.evals.world_geometry import world_geometry
 from omnistream_jax.geometry.alignment import fit_scale
 from omnistream_jax.geometry_model import GeometryModel, build_geometry_model
+from omnistream_jax.language_model import LanguageModel, build_language_model
 from omnistream_jax.model import Model, build_model
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.geometry import GeometryHeads
+from omnistream_jax.tasks.caption import DECODER, PROJECTOR, CaptionTask
 from omnistream_jax.tasks.geometry import HEADS, GeometryTask
 from omnistream_jax.tasks.task import Params, Task
 from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.metrics import MetricsWriter
 
 _RETRIEVAL_FRAMES, _RETRIEVAL_CROPS = 12, 4
+_DESCRIBED = 3  # pictures in captions.png
+_ANSWER_BATCH, _ANSWER_TOKENS = 16, 96  # the world's longest descriptions take 70 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,16 @@ class Trained:
         heads: GeometryHeads = task.geometry_heads
         return build_geometry_model(self.model, heads.config, self.params[HEADS])
 
+    @property
+    def language(self) -> LanguageModel | None:
+        """The trained backbone with its projector and decoder, if a task has trained them."""
+        task = next((task for task in self.tasks if isinstance(task, CaptionTask)), None)
+        if task is None:
+            return None
+        params = {name: self.params[name] for name in (PROJECTOR, DECODER)}
+        chat = load_chat(task.data.tokenizer)
+        return build_language_model(self.model, task.decoder.config, params, chat, task.data.size)
+
 
 def report(config: ConfigDict, trained: Trained, workdir: Path, metrics: MetricsWriter, say: Callable) -> None:
     """Exports the model to `workdir/model`, measures it on held-out material and draws it.
@@ -71,14 +88,16 @@ def report(config: ConfigDict, trained: Trained, workdir: Path, metrics: Metrics
     Args:
         config: of the run; `evaluation` says at what sizes.
         trained: the modules and parameters.
-        workdir: gets model/, features.png and, with geometry, geometry.png.
+        workdir: gets model/, features.png and, with geometry or captions, geometry.png and captions.png.
         metrics: gets the scores at the last step.
         say: prints a line.
     """
     if jax.process_index() != 0:
         return
-    fields, model, geometry = config.evaluation, trained.model, trained.geometry
+    fields, model, geometry, language = config.evaluation, trained.model, trained.geometry, trained.language
     (geometry or model).save(workdir / "model")
+    if language is not None:
+        language.save_beside(workdir / "model")
     scores = {}
     for name, each in (("trained", model), ("untrained", trained.untrained)):
         scores |= {f"{key}_{name}": value for key, value in _retrieval(each, fields.retrieval_size).items()}
@@ -87,6 +106,9 @@ def report(config: ConfigDict, trained: Trained, workdir: Path, metrics: Metrics
         clips = WorldClips("heldout", fields.geometry_scenes, frames=fields.picture_frames, size=fields.geometry_size)
         scores |= world_geometry(geometry.reconstruct, clips)
         pictures["geometry"] = _geometry_picture(geometry, clips)
+    if language is not None:
+        caption_scores, pictures["captions"] = _captions(language, fields.caption_records)
+        scores |= caption_scores
     metrics.write(config.steps, scores)
     for name, picture in pictures.items():
         metrics.write_image(config.steps, name, picture)
@@ -124,3 +146,17 @@ def _geometry_picture(model: GeometryModel, clips: WorldClips) -> np.ndarray:
     rows = {"held-out scene": clip.images}
     rows |= {"true depth": colour_depth(clip.depth, limits), "depth, predicted": colour_depth(depth, limits)}
     return np.concatenate([labelled_row(name, tiles) for name, tiles in rows.items()])
+
+
+def _captions(model: LanguageModel, count: int) -> tuple[dict[str, float], np.ndarray]:
+    """Scores of `count` descriptions, boxes and answers each about held-out pictures, and some pictures with them."""
+    captions = WorldCaptions("heldout", count * len(WorldCaptions.TASKS), size=model.size)
+
+    def answer(images: np.ndarray, instructions: list[str]) -> list[str]:
+        missing = _ANSWER_BATCH - len(images)  # whole batches only: one program for all
+        images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        texts = model.answer(images, instructions + instructions[-1:] * missing, max_tokens=_ANSWER_TOKENS)
+        return texts[: len(instructions)]
+
+    scores = world_captions(answer, captions, batch=_ANSWER_BATCH)
+    return scores, described_pictures(answer, captions, min(count, _DESCRIBED))

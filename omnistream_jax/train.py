@@ -1,7 +1,8 @@
 """Pre-training, from top to bottom: build, restore, step, log, save, evaluate.
 
-What a run starts from, in this order: its own last whole checkpoint; else the weights that `init.backbone` names; else
-random parameters. Batches are determined by the step, so that a run that was stopped goes on as if it had not been.
+What a run starts from, in this order: its own last whole checkpoint; else the weights that `init.backbone` and
+`init.decoder` name; else random parameters. Batches are determined by the step, so that a run that was stopped goes on
+as if it had not been.
 """
 
 import dataclasses
@@ -18,15 +19,18 @@ from ml_collections import ConfigDict
 from omnistream_jax import config as config_lib
 from omnistream_jax.checkpoint import Checkpoints
 from omnistream_jax.convert import layouts
-from omnistream_jax.convert.initialise import gram_config, initial_backbone
+from omnistream_jax.convert.initialise import check_decoder, gram_config, initial_backbone
+from omnistream_jax.convert.qwen3 import load_decoder
 from omnistream_jax.data.embedded import heldout_clip
 from omnistream_jax.data.pipeline import Pipeline, build_pipeline
 from omnistream_jax.models.backbone import Backbone
+from omnistream_jax.models.qwen3 import Qwen3Config
 from omnistream_jax.optim import Optimizer
 from omnistream_jax.report import Trained, report
 from omnistream_jax.sharding import global_batch, make_mesh, replicated
 from omnistream_jax.step import TrainState, init_params, init_state, make_accumulate, make_update, merge_metrics
 from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, teacher_schedule
+from omnistream_jax.tasks.caption import DECODER, CaptionTask
 from omnistream_jax.tasks.task import Params, Task
 from omnistream_jax.utils.lock import WorkdirLock
 from omnistream_jax.utils.metrics import MetricsWriter
@@ -35,7 +39,7 @@ from omnistream_jax.utils.metrics import MetricsWriter
 _MAY_CHANGE = ("log_every", "checkpoint", "loader", "evaluation", "compilation_cache")
 _TERMINAL = (
     *("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy"),
-    *("depth", "rays", "points", "camera", "depth_abs_rel"),
+    *("depth", "rays", "points", "camera", "depth_abs_rel", "caption", "token_accuracy"),
 )
 
 
@@ -90,6 +94,7 @@ def build(config: ConfigDict) -> Run:
         WeightsError: the pre-trained weights cannot be read or do not fit the model.
     """
     start = layouts.read(config.init.backbone) if config.init.backbone else None
+    decoder = _read_decoder(config)
     gram_path = config.self_supervision.gram.backbone
     gram_weights = layouts.read(gram_path) if gram_path else start
     try:
@@ -106,6 +111,8 @@ def build(config: ConfigDict) -> Run:
 
     if start is not None:
         params = {**params, "backbone": initial_backbone(start, backbone.config, params["backbone"])}
+    if decoder is not None:
+        params = {**params, DECODER: _initial_decoder(decoder, tasks)}
     whole = replicated(make_mesh())
     params = jax.device_put(params, whole)
     # Without pre-trained weights the Gram teacher holds a place until its first snapshot.
@@ -114,10 +121,24 @@ def build(config: ConfigDict) -> Run:
     return Run(backbone, tasks, optimizer, jax.device_get(params["backbone"]), jax.device_put(state, whole))
 
 
+def _read_decoder(config: ConfigDict) -> tuple[Qwen3Config, Params] | None:
+    """What `init.decoder` names, if a task trains a decoder."""
+    trained = any(fields.kind == "captioned" and fields.weight != 0 for fields in config.tasks.values())
+    return load_decoder(config.init.decoder) if config.init.decoder and trained else None
+
+
+def _initial_decoder(weights: tuple[Qwen3Config, Params], tasks: Sequence[Task]) -> Params:
+    """The weights' parameters. Raises WeightsError where they are not of the size that is trained."""
+    task = next(task for task in tasks if isinstance(task, CaptionTask))
+    check_decoder(weights[0], task.decoder.config)
+    return weights[1]
+
+
 def _check(config: ConfigDict) -> None:
     """What would else fail only after hours of training."""
     least = {"seed": 0, "log_every": 1, "checkpoint.every": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 0}
-    for field, smallest in (least | {"evaluation.picture_frames": 1, "evaluation.geometry_scenes": 1}).items():
+    least |= {"evaluation.picture_frames": 1, "evaluation.geometry_scenes": 1, "evaluation.caption_records": 2}
+    for field, smallest in least.items():
         value = operator.attrgetter(field)(config)
         if value < smallest:
             raise config_lib.ConfigError(f"{field}: expected {smallest} or more, got {value}")

@@ -35,7 +35,8 @@ target_of = compiled(geometry_target, static_argnums=(1, 2))
 @pytest.fixture(scope="module")
 def run():
     """The geometry task alone; cells of the ray map are pixels."""
-    alone = {"tasks__image_ssl__weight": 0.0, "tasks__clip_ssl__weight": 0.0, "model__patch_size": 8}
+    alone = {"tasks__image_ssl__weight": 0.0, "tasks__clip_ssl__weight": 0.0, "tasks__caption__weight": 0.0}
+    alone["model__patch_size"] = 8
     return train_lib.build(whole_config(**alone, evaluation__picture_size=32))
 
 

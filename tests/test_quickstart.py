@@ -62,9 +62,19 @@ def test_depth_and_cameras_beat_what_needs_no_learning(rows):
     assert final["ate_rays"] < 0.95 * final["ate_still"]
 
 
+def test_captions_become_likelier(rows):
+    losses = [row["caption"] for row in steps_of(rows)]
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert {"attribute_accuracy", "box_iou", "attribute_accuracy_blind", "box_iou_blind"} <= set(rows[-1])
+
+
 def test_the_picture_and_the_model_are_there(rows):
     assert Image.open(WORKDIR / "features.png").size[0] > 1000
     assert Image.open(WORKDIR / "geometry.png").size[0] > 500
+    assert Image.open(WORKDIR / "captions.png").size[0] > 500
     model = omnistream_jax.load(WORKDIR / "model")
     out = model.encode(np.zeros((1, 2, 32, 32, 3), np.uint8))
     assert np.isfinite(out.patches).all()
+    language = omnistream_jax.load_language(WORKDIR / "model")
+    (text,) = language.answer(np.zeros((1, 64, 64, 3), np.uint8), ["Describe the image."], max_tokens=32)
+    assert "thing" in text

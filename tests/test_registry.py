@@ -15,7 +15,7 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.readers.scannet import ScanNet
 from omnistream_jax.data.registry import ENTRIES, open_dataset
 from omnistream_jax.data.world import WorldCaptions, WorldClips, WorldVideos
-from omnistream_jax.tasks import build
+from omnistream_jax.tasks import build_self_supervision as build
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from omnistream_jax.ops.attention import frame_causal_attention
 from omnistream_jax.stream import bucket_capacity
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BATCH, TIME, HEIGHT, WIDTH = 3, 24, 32, 48
 RATIO = np.array([0.5, 1.0, 2.0], np.float32)
 

@@ -12,13 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "omnistream_jax"
 MAX_LINES = 500
 
 SUPPORT = {"utils"}
-NETWORKS = {"ops", "geometry", "models", "convert", "stream", "model", "geometry_model"} | SUPPORT
+NETWORKS = {
+    *("ops", "geometry", "models", "convert", "stream", "model", "geometry_model", "generate", "language_model"),
+    *SUPPORT,
+}
 WORK = {"step", "optim", "sharding", "checkpoint", "config", "tasks", "evals", "losses", "data"} | NETWORKS
 
 # Each part of the package (a folder, or a file beside them) and the others that it may import. Imports run one way:
 # main -> train | evaluate | extract | live -> step, tasks, evals, model -> models, losses -> ops, geometry.
 ALLOWED = {
-    "__init__": {"model", "geometry_model"},
+    "__init__": {"model", "geometry_model", "language_model"},
     "main": {"train", "evaluate", "extract", "live"} | WORK,
     "train": {"report"} | WORK,
     "report": WORK,
@@ -36,6 +39,8 @@ ALLOWED = {
     "evals": {"model", "geometry_model", "stream", "models", "losses", "data", "ops", "geometry"} | SUPPORT,
     "model": {"stream", "convert", "models", "ops"} | SUPPORT,
     "geometry_model": {"model", "stream", "convert", "models", "geometry"} | SUPPORT,
+    "language_model": {"model", "generate", "convert", "models", "data"} | SUPPORT,
+    "generate": {"models", "ops"} | SUPPORT,
     "serving": {"snapshot", "model", "stream", "models"} | SUPPORT,
     "snapshot": {"model", "stream", "ops"} | SUPPORT,
     "stream": {"models", "ops"} | SUPPORT,

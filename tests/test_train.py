@@ -20,6 +20,7 @@ from omnistream_jax.utils.trees import named_leaves
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TERMS = ("dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
 GEOMETRY = ("depth", "rays", "points", "camera")
+CAPTIONS = ("caption", "token_accuracy")
 
 
 class _KilledError(Exception):
@@ -44,7 +45,7 @@ def test_a_run_leaves_metrics_checkpoints_model_and_picture(whole_run):
     rows = read_metrics(whole_run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    for term in TERMS + GEOMETRY:
+    for term in TERMS + GEOMETRY + CAPTIONS[:1]:
         values = [row[term] for row in steps]
         assert np.isfinite(values).all(), term
         assert len(set(values)) > 1, term
@@ -52,6 +53,9 @@ def test_a_run_leaves_metrics_checkpoints_model_and_picture(whole_run):
     assert all(row["gram"] > 0 for row in steps[2:])
     assert {f"retrieval_top1_{kind}" for kind in ("trained", "untrained")} <= set(rows[-1])
     assert {"depth_abs_rel", "depth_abs_rel_constant", "ate", "ate_still"} <= set(rows[-1])
+    for name in ("attribute_accuracy", "box_iou", "answer_accuracy"):
+        assert {name, f"{name}_blind"} <= set(rows[-1])
+    assert Image.open(whole_run / "captions.png").size[0] > 2 * 64
     assert Image.open(whole_run / "features.png").size[0] > 2 * 64
     assert Image.open(whole_run / "geometry.png").size[0] > 2 * 32
     assert sorted(path.name for path in (whole_run / "checkpoints").iterdir() if path.name.isdigit()) == ["3", "6"]
@@ -140,6 +144,20 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
         ("geometry__units", "feet", r"geometry.units: expected clip or metres"),
         ("geometry__point_norm", "l3", r"geometry.point_norm: expected l1 or l2"),
         ("geometry__weights__ray", -1.0, r"geometry.weights.ray: expected 0 or more"),
+        ("tasks__caption__paths", "", r"tasks.caption.paths: give data sets as NAME:DIR"),
+        ("tasks__caption__paths", "/data/grit", r"caption.paths: .*expected data sets as NAME:DIR"),
+        ("tasks__caption__paths", "world:train", r"caption.paths: world holds posed, expected captions"),
+        ("tasks__caption__size", 40, r"tasks.caption.size: expected a multiple of 16, got 40"),
+        ("tasks__caption__captions_per_row", 0, r"tasks.caption.captions_per_row: 0, expected 1 to max_tokens"),
+        ("tasks__caption__batch_size", 0, r"tasks.caption.batch_size: expected a multiple"),
+        ("language__tokenizer", "", r"language.tokenizer: expected a directory"),
+        ("language__tokenizer", "/nowhere", r"language.tokenizer: there is no file or directory '/nowhere'"),
+        ("language__decoder__preset", "huge", r"language.decoder.preset: expected one of tiny, .*, got 'huge'"),
+        ("language__decoder__kv_heads", 3, r"language.decoder.heads: 4 query heads do not share 3"),
+        ("language__decoder__vocabulary_size", 100, r"language.tokenizer: .* the decoder's vocabulary of 100"),
+        ("language__kernel_std", 0.0, r"language.kernel_std: expected a positive number"),
+        ("language__chunk", 0, r"language.chunk: expected 1 or more"),
+        ("evaluation__caption_records", 1, r"evaluation.caption_records: expected 2 or more"),
         ("evaluation__retrieval_size", 100, r"evaluation.retrieval_size: expected a multiple of 16"),
         ("evaluation__picture_frames", 99, r"99 frames were asked for"),
     ],
@@ -186,6 +204,11 @@ def reduced(recipe):
     small = {"paths": "world:train", "batch_size": 1, "frames": 2, "height": 32, "width": 32}
     fields |= {f"tasks.clip_geometry.{name}": value for name, value in small.items()}
     fields |= {"geometry.features": 8, "geometry.out_channels": (8, 8, 8, 8)}
+    small = {"paths": "world_captions:train", "batch_size": 1, "captions_per_row": 2, "max_tokens": 96, "size": 32}
+    fields |= {f"tasks.caption.{name}": value for name, value in small.items()}
+    small = {"preset": "tiny", "vocabulary_size": 0, "width": 32, "depth": 1, "hidden": 32}
+    fields |= {f"language.decoder.{name}": value for name, value in small.items()}
+    fields |= {"language.tokenizer": "embedded", "evaluation.caption_records": 2}
     fields |= {"evaluation.geometry_scenes": 1, "evaluation.geometry_size": 32}
     return config_lib.load(f"{PRETRAIN}:{recipe}", fields)
 
@@ -199,13 +222,26 @@ def test_a_recipe_of_the_paper_runs(recipe, remat, tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     (step,) = [row for row in rows if "loss" in row]
     assert step["step"] == 1
-    assert all(np.isfinite(step[term]) for term in ("loss", "gradient_norm", *TERMS, *GEOMETRY))
+    assert all(np.isfinite(step[term]) for term in ("loss", "gradient_norm", *TERMS, *GEOMETRY, *CAPTIONS))
     assert step["gradient_norm"] > 0
     assert step["gram"] == 0, "without pre-trained weights the Gram term waits for its first snapshot"
     assert np.isfinite(rows[-1]["retrieval_top1_trained"])
+    language = omnistream_jax.load_language(tmp_path / "model")
+    assert (language.decoder.config.depth, language.size) == (1, 32)
     model = omnistream_jax.load_geometry(tmp_path / "model")
     assert model.model.config.width == 128
     assert np.isfinite(model.reconstruct(np.zeros((1, 1, 32, 32, 3), np.uint8)).depth).all()
+
+
+@pytest.mark.parametrize(
+    ("ablation", "task"), [("no_video", "clip_ssl"), ("no_geometry", "clip_geometry"), ("no_caption", "caption")]
+)
+def test_an_ablation_of_the_paper_leaves_out_its_task_alone(ablation, task):
+    weights = {name: fields.weight for name, fields in config_lib.load(f"{PRETRAIN}:stage1").tasks.items()}
+    assert weights == {"image_ssl": 0.1, "clip_ssl": 0.1, "clip_geometry": 1.0, "caption": 1.0}
+    config = config_lib.load(f"{PRETRAIN}:stage1,{ablation}")
+    assert {name: fields.weight for name, fields in config.tasks.items()} == weights | {task: 0.0}
+    assert config.name == f"stage1_{ablation}"
 
 
 def run_main(*arguments):
@@ -218,6 +254,7 @@ def run_main(*arguments):
     [
         (["--config.optimizer.peek=1"], "did you mean optimizer.peak?"),
         (["--config.init.backbone=/nowhere/dinov3"], "/nowhere/dinov3: no such directory"),
+        (["--config.init.decoder=/nowhere/qwen3"], "/nowhere/qwen3: no such directory"),
     ],
 )
 def test_the_command_line_tells_an_error_in_one_message(arguments, message, tmp_path):

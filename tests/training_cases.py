@@ -34,9 +34,12 @@ def small_config(**overrides: object) -> ConfigDict:
     small |= {"geometry.features": 8, "geometry.out_channels": (8, 8, 8, 8), "evaluation.geometry_scenes": 2}
     small |= {"evaluation.geometry_size": 32, "tasks.clip_geometry.frames": 2}
     small |= {"tasks.clip_geometry.height": 32, "tasks.clip_geometry.width": 32}
+    small |= {"tasks.caption.weight": 0.0, "tasks.caption.size": 32, "tasks.caption.captions_per_row": 2}
+    small |= {"tasks.caption.max_tokens": 96, "evaluation.caption_records": 2}
+    small |= {f"language.decoder.{field}": value for field, value in {"width": 32, "depth": 1, "hidden": 32}.items()}
     return config_lib.load(PRETRAIN, small | {name.replace("__", "."): value for name, value in overrides.items()})
 
 
 def whole_config(**overrides: object) -> ConfigDict:
     """The same with every task that the quick start trains."""
-    return small_config(**{"tasks__clip_geometry__weight": 1.0, **overrides})
+    return small_config(**{"tasks__clip_geometry__weight": 1.0, "tasks__caption__weight": 1.0, **overrides})

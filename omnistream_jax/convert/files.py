@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.tensor_file import write_tensors
+from omnistream_jax.utils.trees import describe
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -137,6 +138,19 @@ def read_tensor_file(path: Path) -> dict[str, np.ndarray]:
         ) from error
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def check_shapes(path: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise one WeightsError, naming the file, that lists every missing, unexpected and wrongly shaped tensor."""
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())]
+    problems += [f"{name} is not expected" for name in sorted(tensors.keys() - shapes.keys())]
+    problems += [
+        f"{name} is {describe(tensors[name])}, expected shape {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise WeightsError(f"{path}: " + "; ".join(problems))
 
 
 def write_directory(directory: str | os.PathLike, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from omnistream_jax.convert import layouts
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.models.presets import BackboneConfig
+from omnistream_jax.models.qwen3 import Qwen3Config
 
 
 def initial_backbone(weights: layouts.Weights, config: BackboneConfig, fresh: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,6 +51,17 @@ def _filled(params: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, An
         name: (_filled(params.get(name, {}), value) if isinstance(value, Mapping) else params.get(name, value))
         for name, value in fresh.items()
     }
+
+
+def check_decoder(found: Qwen3Config, config: Qwen3Config) -> None:
+    """Raises WeightsError, naming all fields that differ, where weights of `found` do not fit a decoder of `config`."""
+    wrong = [
+        f"{field.name}: {getattr(found, field.name)}, the model has {getattr(config, field.name)}"
+        for field in dataclasses.fields(Qwen3Config)
+        if getattr(found, field.name) != getattr(config, field.name)
+    ]
+    if wrong:
+        raise WeightsError("init.decoder does not fit language.decoder\n  " + "\n  ".join(wrong))
 
 
 def gram_config(weights: layouts.Weights) -> BackboneConfig:

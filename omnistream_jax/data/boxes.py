@@ -84,6 +84,15 @@ def move_boxes(text: str, shown: tuple[float, float]) -> str:
     return _BOX.sub(lambda match: _write(_moved(match.groups(), shown)), text)
 
 
+def restore_boxes(text: str, shown: tuple[float, float]) -> str:
+    """The boxes of a text, of the square, as boxes of the image in it: the reverse of `move_boxes`.
+
+    Made for what a decoder says: a corner beside the image moves to its border, and what is not written as a box stays.
+    """
+    grown = (1 / shown[0], 1 / shown[1])
+    return _BOX.sub(lambda match: _write(min(999, place) for place in _moved(match.groups(), grown)), text)
+
+
 def _moved(numbers: Sequence[str], shown: tuple[float, float]) -> list[int]:
     return [int((int(number) + 0.5) * share) for number, share in zip(numbers, (*shown, *shown), strict=True)]
 

@@ -1,0 +1,74 @@
+"""What building any task needs: checks of config fields, and the sources that `paths` names."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from omnistream_jax.config import ConfigError
+from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.registry import ENTRIES, open_dataset
+from omnistream_jax.data.sources import embedded_source, image_source, video_source
+
+EMBEDDED = "embedded"
+KINDS = {"image": "images", "clip": "videos", "posed": "posed", "captioned": "captions"}
+"""Of a task -> of its sources."""
+_NAMED = "data sets as NAME:DIR, the names being those of data/registry.py"
+_EXPECTED = {
+    "image": "folders or .txt lists of photographs",
+    "clip": "folders or .txt lists of videos",
+    "posed": _NAMED,
+    "captioned": _NAMED,
+}
+
+
+def require(condition: bool, field: str, value: object, expected: str) -> None:
+    """Raises ConfigError, naming a field and what was expected of it, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{field}: expected {expected}, got {value!r}")
+
+
+def require_whole_batches(name: str, fields: ConfigDict) -> None:
+    """Raises ConfigError unless every device gets equally many samples of a task."""
+    devices = jax.device_count()
+    whole = fields.batch_size >= 1 and fields.batch_size % devices == 0
+    require(whole, f"tasks.{name}.batch_size", fields.batch_size, f"a multiple of the {devices} devices")
+
+
+def open_sources(name: str, fields: ConfigDict) -> tuple[tuple[Any, ...], tuple[float, ...] | None]:
+    """The sources of a task's paths and their shares. Raises ConfigError for what cannot be opened."""
+    sources = tuple(_source(name, fields, path.strip()) for path in fields.paths.split(",") if path.strip())
+    if not sources:
+        raise ConfigError(f"tasks.{name}.paths: give {_EXPECTED[fields.kind]}, separated by commas")
+    weights = tuple(fields.path_weights)
+    if weights and len(weights) != len(sources):
+        raise ConfigError(f"tasks.{name}.path_weights: {len(weights)} are given for {len(sources)} paths")
+    return sources, weights or None
+
+
+def _source(name: str, fields: ConfigDict, path: str) -> Any:
+    """What one entry of a task's paths names: EMBEDDED, DATASET:DIR of data/registry.py, or a folder, list or file."""
+    kind = KINDS[fields.kind]
+    dataset, colon, root = path.partition(":")
+    sampling = {}
+    if kind == "videos":
+        sampling = {"short_side": fields.short_side or None, "frame_rate": fields.frame_rate or None}
+    try:
+        # The world is rendered as large as it is needed.
+        if path == EMBEDDED and kind == "posed":
+            return open_dataset("world", "train", size=max(fields.height, fields.width))
+        if path == EMBEDDED and kind == "captions":
+            return open_dataset("world_captions", "train", size=fields.size)
+        if path == EMBEDDED:
+            return embedded_source(kind, "train")
+        if colon and dataset in ENTRIES:
+            if ENTRIES[dataset].kind != kind:
+                raise ConfigError(f"tasks.{name}.paths: {dataset} holds {ENTRIES[dataset].kind}, expected {kind}")
+            source = open_dataset(dataset, root)
+            return dataclasses.replace(source, **sampling) if sampling else source
+        if kind not in ("images", "videos"):
+            raise ConfigError(f"tasks.{name}.paths: {path!r}, expected {_EXPECTED[fields.kind]}")
+        return image_source(path) if kind == "images" else video_source(path, **sampling)
+    except DataError as error:
+        raise ConfigError(f"tasks.{name}.paths: {error}") from error

@@ -1,0 +1,114 @@
+"""Vision-language alignment, L_cap: a decoder tells what an image shows (OmniStream eq. 9).
+
+Letters: B rows, K images of a row, S their side in pixels, P = h * w visual tokens of an image, L text tokens of a row,
+d and D the widths of the backbone and of the decoder.
+
+A row for the decoder is [visual tokens of image 1 .. K, text tokens]. The segments keep an image and its text together,
+and both apart from all others; a token sees what stands before it in its segment, as in Qwen (P = 3, K = 2):
+
+    token       v v v  v v v   t t t  t t  .
+    segment     1 1 1  2 2 2   1 1 1  2 2  0
+    position    0 1 2  0 1 2   3 4 5  3 4  .
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from omnistream_jax.data.captions import CaptionData
+from omnistream_jax.losses.language import language_loss
+from omnistream_jax.models.backbone import Backbone
+from omnistream_jax.models.projector import Projector
+from omnistream_jax.models.qwen3 import Qwen3, init_decoder, output_matrix
+from omnistream_jax.tasks.task import Params, Teachers
+from omnistream_jax.utils.trees import leaf_name
+
+PROJECTOR, DECODER = "projector", "decoder"
+_KERNEL_STD = 0.02  # of both modules' own initialisation
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionTask:
+    """A `Task`; see `tasks/task.py`.
+
+    Attributes:
+        name, weight, data: as of every task.
+        backbone: the student's module.
+        projector, decoder: what is trained on top; the decoder's `remat` is the backbone's.
+        chunk: tokens of a device whose logits are held at once, see `losses/language.py`.
+        kernel_std: standard deviation of the projector's and the decoder's kernels at initialisation; the decoder's
+            embedding keeps its own.
+    """
+
+    name: str
+    weight: float
+    data: CaptionData
+    backbone: Backbone
+    projector: Projector
+    decoder: Qwen3
+    chunk: int = 256
+    kernel_std: float = _KERNEL_STD
+    has_teacher: bool = False
+
+    @property
+    def heads(self) -> Mapping[str, Callable[[jax.Array], Params]]:
+        """The projector and the decoder."""
+        token = jnp.zeros((1, self.backbone.config.width))
+        return {
+            PROJECTOR: lambda key: self._scaled(self.projector.init(key, token)["params"]),
+            DECODER: lambda key: self._scaled(init_decoder(self.decoder, key)),
+        }
+
+    def loss(
+        self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The mean cross-entropy of the answers' tokens; see `Task.loss` and `data/schema.py:CaptionBatch`.
+
+        Metrics: "caption", the same; "token_accuracy", the share of these tokens that are the likeliest ones; and
+        "answers_cut", the share of the answers that were longer than their room.
+        """
+        tokens, segment, learned = batch["tokens"], batch["segment"], batch["target_mask"]
+        hidden = self._hidden(params, self._visual_tokens(params, batch["image"]), tokens, segment, batch["position"])
+        # A token is predicted by the one before it in its text. The first of a text, which has none, is a prompt's.
+        learned = learned[:, 1:] & (segment[:, 1:] == segment[:, :-1])
+        loss, accuracy = language_loss(
+            hidden[:, :-1],
+            output_matrix(params[DECODER], self.decoder.config),
+            tokens[:, 1:],
+            learned,
+            chunk=self.chunk,
+            shards=jax.device_count(),
+        )
+        return loss, {"caption": loss, "token_accuracy": accuracy, "answers_cut": batch["cut"].mean()}
+
+    def _visual_tokens(self, params: Params, images: jax.Array) -> jax.Array:
+        """Images [B, K, S, S, 3], each a clip of one frame -> [B, K, P, D]."""
+        rows, count = images.shape[:2]
+        frames = images.reshape(rows * count, 1, *images.shape[2:])
+        patches = self.backbone.apply({"params": params["backbone"]}, frames, layers=()).patches  # [B K, 1, h, w, d]
+        patches = patches.reshape(rows, count, -1, patches.shape[-1])
+        return self.projector.apply({"params": params[PROJECTOR]}, patches)
+
+    def _hidden(
+        self, params: Params, visual: jax.Array, tokens: jax.Array, segment: jax.Array, position: jax.Array
+    ) -> jax.Array:
+        """The decoder's hidden states at the text tokens, [B, L, D]."""
+        rows, count, per_image, width = visual.shape
+        place = jnp.arange(count * per_image)
+        shape = (rows, count * per_image)
+        decoder = {"params": params[DECODER]}
+        text = self.decoder.apply(decoder, tokens, method="embed")
+        embeddings = jnp.concatenate([visual.reshape(*shape, width), text], axis=1)
+        segments = jnp.concatenate([jnp.broadcast_to(place // per_image + 1, shape), segment], axis=1)
+        positions = jnp.concatenate([jnp.broadcast_to(place % per_image, shape), per_image + position], axis=1)
+        return self.decoder.apply(decoder, embeddings, positions, segments)[:, shape[1] :]
+
+    def _scaled(self, params: Params) -> Params:
+        """Fresh parameters with kernels of `kernel_std`."""
+
+        def scale(path: tuple, leaf: jax.Array) -> jax.Array:
+            return leaf * (self.kernel_std / _KERNEL_STD) if leaf_name(path).endswith("kernel") else leaf
+
+        return jax.tree_util.tree_map_with_path(scale, params)
