@@ -243,7 +243,7 @@ def _second_stage(config: ConfigDict) -> None:
 
 def _quick_start(config: ConfigDict) -> None:
     config.name = "quickstart"
-    config.steps = 350
+    config.steps = 330
     config.model.preset = "tiny"
     # A few hundred steps are enough only if the targets are sharp and the teacher is quick from the start: few, large
     # and fixed prototypes, one teacher temperature, gradients as they are.
@@ -266,15 +266,15 @@ def _quick_start(config: ConfigDict) -> None:
     config.geometry.update({"features": 16, "out_channels": (16, 16, 32, 32), "rope_jitter": 1.0})
     posed = {"paths": "embedded", "batch_size": 2, "frames": 4, "height": 64, "width": 64}
     config.tasks.clip_geometry.update(posed)
-    config.language.tokenizer = "embedded"
+    config.language.update({"tokenizer": "embedded", "kernel_std": 0.08})
     config.language.decoder.update({"preset": "tiny", "vocabulary_size": 0})
-    captioned = {"paths": "embedded", "batch_size": 2, "captions_per_row": 2, "max_tokens": 160, "size": 64}
+    captioned = {"paths": "embedded", "batch_size": 1, "captions_per_row": 2, "max_tokens": 160, "size": 64}
     config.tasks.caption.update(captioned)
     config.loader.update({"workers": 0, "prefetch": 4})
     config.log_every = 10
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
-    config.evaluation.update({"retrieval_size": 96, "geometry_scenes": 16, "geometry_size": 64})
-    config.evaluation.caption_records = 16
+    config.evaluation.update({"retrieval_size": 96, "geometry_scenes": 8, "geometry_size": 64})
+    config.evaluation.caption_records = 8
 
 
 def _learn(config: ConfigDict) -> None:
