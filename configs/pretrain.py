@@ -270,6 +270,7 @@ def _quick_start(config: ConfigDict) -> None:
     config.language.decoder.update({"preset": "tiny", "vocabulary_size": 0})
     captioned = {"paths": "embedded", "batch_size": 1, "captions_per_row": 2, "max_tokens": 160, "size": 64}
     config.tasks.caption.update(captioned)
+    config.tasks.caption.weight = 0.1  # few captions a step: their gradient is noise to what the pictures show
     config.loader.update({"workers": 0, "prefetch": 4})
     config.log_every = 10
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
