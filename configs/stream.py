@@ -1,4 +1,4 @@
-"""Live: a video file, a webcam or a network stream through the model, frame by frame: features, depth, camera, points.
+"""Live: a video file, a webcam or a network stream through the model, frame by frame: features, geometry, answers.
 
     python -m omnistream_jax.main --config=configs/stream.py --config.input=FILE|0|/dev/videoN|rtsp://...|http://... \\
       --config.checkpoint=MODEL_DIR --config.output=DIR [--config.field=value ...]
@@ -6,10 +6,12 @@
 A camera:       --config.input=0 --config.drop_frames=True
 A file like it: --config.realtime=True --config.drop_frames=True; without the two, every frame as fast as it goes.
 Geometry:       --config.geometry.enabled=True, with a checkpoint that has the heads (WORKDIR/model of a training).
+A question:     --config.question="What is on the table?", with a checkpoint that has a decoder. It is answered at the
+                end, and with --config.answer.every=30 after every 30 frames; no frame is encoded for it again.
 
 Hardware: a CPU, a GPU or a TPU, one device; decoding takes a core beside it. With a `window`, memory and the time for a
-frame stay the same for ever, those of the geometry included. Pictures need `pip install -e .[viz]` (Rerun) unless
-`record` and `viewer` are off; no display is needed unless `viewer` is on.
+frame stay the same for ever, those of geometry and answers included. Pictures need `pip install -e .[viz]` (Rerun)
+unless `record` and `viewer` are off; no display is needed unless `viewer` is on.
 
 Expect one line about compiling (a second start loads the programs from `compilation_cache`), then a line every
 `log_seconds` with frames, frames/s, latency and dropped frames, and a summary at the end. Ctrl-C, or SIGTERM, ends a
@@ -22,7 +24,15 @@ OUTPUT/stream.rrd     for `rerun OUTPUT/stream.rrd`, on the timelines "frame" an
 OUTPUT/features.mp4   the frames, and beside them their patches' features as colours (three principal components), and
                       depth: red is near, blue is far
 OUTPUT/summary.json   the summary: frames, dropped, rate, percentiles of latency, peak memory, compiling, why it ended;
-                      of the geometry the points, the side of their voxels, and points that could not be used
+                      of the geometry the points, the side of their voxels, and points that could not be used; of the
+                      answers the last, their number and time
+
+With a question:
+
+OUTPUT/answers.jsonl  a line an answer: "frame" and "time" in seconds after which it was asked, "question", "answer",
+                      "frames" that the decoder was shown (by index), "seconds" that it took. Also on the terminal, and
+                      in stream.rrd as the text log "answer". Boxes in it are in thousandths of the frame's width and
+                      height (omnistream_jax/data/boxes.py)
 
 With geometry, in metres (see `metres_per_unit`), in the first camera's axes: x right, y down, z ahead:
 
@@ -62,6 +72,17 @@ def get_config() -> ConfigDict:
     config.cache_dtype = "auto"  # of the keys and values: float32, bfloat16, int8; auto: as compute_dtype
 
     config.geometry = _geometry()
+
+    config.question = ""  # asked of the stream; the checkpoint must have a decoder; "": nothing is
+    config.answer = ConfigDict(  # read only with a question
+        {
+            "every": 0,  # frames from one answer to the next, and one at the end; 0: only that
+            # That the decoder is shown: the newest, and some of the past, evenly spread. 1: the newest alone, as in
+            # training on pictures; what came before is in its features all the same.
+            "max_frames": 16,
+            "max_tokens": 128,  # of an answer
+        }
+    )
 
     config.pca_frames = 16  # first frames that fix the colours; their pictures are drawn once all of them are there
     config.record = True  # write stream.rrd

@@ -1,6 +1,7 @@
-"""Live: frames of a file, a webcam or a network stream through the model as they come: features, and geometry.
+"""Live: frames of a file, a webcam or a network stream through the model as they come: features, geometry, answers.
 
-One thread reads (data/live_source.py); this one steps the model (live_geometry.py), writes and draws (live_view.py).
+One thread reads (data/live_source.py); this one steps the model (live_geometry.py), asks it (live_question.py), writes
+and draws (live_view.py).
 """
 
 import contextlib
@@ -21,13 +22,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from omnistream_jax import live_geometry
+from omnistream_jax import live_geometry, live_question
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.live_source import LiveOptions, LiveReader, Source, find_source
 from omnistream_jax.geometry_model import GeometryModel
 from omnistream_jax.live_geometry import GeometryRecording
+from omnistream_jax.live_question import Answering, Question
 from omnistream_jax.live_rerun import import_rerun
 from omnistream_jax.live_result import Geometry, LiveError, Result
 from omnistream_jax.live_view import RECORDING, VIDEO, Drawing
@@ -39,7 +41,7 @@ from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
 
 SUMMARY = "summary.json"
-_DRAWN = ("pca_frames", "record", "video", "viewer")  # fields that say what is drawn
+_DRAWN = ("pca_frames", "record", "video", "viewer", "question")  # fields that say what is drawn
 _KEPT = 100_000  # latest latencies, of which the percentiles are taken
 
 
@@ -49,6 +51,7 @@ class Job:
 
     config: ConfigDict
     model: Model | GeometryModel
+    question: Question | None
     source: Source
     reading: LiveOptions
     output: Path
@@ -76,6 +79,10 @@ class Job:
         drawn = self.config.record or self.config.viewer
         return GeometryRecording(self.config.geometry, self.output, self.model.heads.config.units, drawn=drawn)
 
+    def open_answering(self) -> Answering | None:
+        """What asks the question; None where there is none."""
+        return None if self.question is None else Answering(self.question, self.output, _say)
+
 
 def stream(config: ConfigDict) -> None:
     """Run as the config says; configs/stream.py tells what is written into `config.output`.
@@ -83,9 +90,10 @@ def stream(config: ConfigDict) -> None:
     Raises:
         ConfigError: a field does not fit.
         DataError: the source cannot be opened or read on; what was read until then is written.
-        WeightsError: the checkpoint cannot be read, or lacks the geometry heads that are asked for.
+        WeightsError: the checkpoint cannot be read, or lacks the geometry heads or the decoder that are asked for.
         WorkdirLockedError: another run works in `config.output`.
-        LiveError: out of memory, features that are not finite, a camera that is none, or files that cannot be written.
+        LiveError: out of memory, features that are not finite, a camera that is none, a decoder that gives no numbers,
+            or files that cannot be written.
     """
     with _stop_on_signals() as stop, CompileCounter() as compiled:
         job = build(config)
@@ -94,17 +102,18 @@ def stream(config: ConfigDict) -> None:
                 _warm_up(job)
             _say(f"{compiled.total}; reading {job.source.address}")
             with LiveReader(job.source, job.reading, stop) as reader:
-                tally, recording, ended = Tally(config.log_seconds), job.open_recording(), "an error"
+                tally, ended = Tally(config.log_seconds), "an error"
+                recording, answering = job.open_recording(), job.open_answering()
                 try:
                     drawn = {name: config[name] for name in _DRAWN}
                     with Drawing(job.output, **drawn) as drawing, recording or contextlib.nullcontext():
-                        ended = _run(job, reader, stop, tally, drawing, recording)
+                        ended = _run(job, reader, stop, tally, drawing, recording, answering)
                 except (DataError, LiveError, ReconstructionError) as error:
                     ended = str(error)
                     raise
                 finally:
                     counts = {"ended": ended, "dropped": reader.dropped, "damaged": reader.damaged}
-                    _finish(job, counts | tally.summary(compiled.total), recording)
+                    _finish(job, counts | tally.summary(compiled.total), recording, answering)
 
 
 def build(config: ConfigDict) -> Job:
@@ -126,7 +135,7 @@ def build(config: ConfigDict) -> Job:
     source = find_source(config.input)
     try:
         reading.check(source)
-        job = Job(config, live_geometry.load(config), source, reading, Path(config.output))
+        job = Job(config, *live_question.load(config), source, reading, Path(config.output))
         job.open_stream()
         job.open_recording()
     except WeightsError:
@@ -140,7 +149,9 @@ def _warm_up(job: Job) -> None:
     """Compile before the first frame comes. The second step is the first with a cache that a step has made."""
     state, pixels = job.open_stream(), np.zeros((job.config.height, job.config.width, 3), np.uint8)
     for _ in range(2):
-        *_, state = job.step(state, pixels)
+        patches, _, state = job.step(state, pixels)
+    if job.question is not None:
+        live_question.warm_up(job.question, patches)
 
 
 def _run(
@@ -150,27 +161,31 @@ def _run(
     tally: "Tally",
     drawing: Drawing,
     recording: GeometryRecording | None,
+    answering: Answering | None,
 ) -> str:
     """Every frame through the model; why it ended."""
     state = job.open_stream()
     try:
-        for frame in reader:
-            began = time.monotonic()
-            patches, geometry, state = job.step(state, frame.pixels)
-            done = time.monotonic()
-            latency = None if frame.captured is None else done - frame.captured
-            result = Result(tally.frames, frame, patches, geometry, done - began, latency, reader.dropped)
-            result.check()
-            if recording is not None:
-                result = recording.add(result)
-            tally.add(result)
-            drawing.show(result)
-            if tally.frames == job.config.max_frames:
-                return "max_frames"
-        return "stopped" if stop.is_set() else "end of the input"
+        with answering or contextlib.nullcontext():
+            for frame in reader:
+                began = time.monotonic()
+                patches, geometry, state = job.step(state, frame.pixels)
+                done = time.monotonic()
+                latency = None if frame.captured is None else done - frame.captured
+                result = Result(tally.frames, frame, patches, geometry, done - began, latency, reader.dropped)
+                result.check()
+                if recording is not None:
+                    result = recording.add(result)
+                if answering is not None:
+                    result = answering.add(result)
+                tally.add(result)
+                drawing.show(result)
+                if tally.frames == job.config.max_frames:
+                    return "max_frames"
+            return "stopped" if stop.is_set() else "end of the input"
     finally:
-        if recording is not None:
-            drawing.end_with(recording.last_points())
+        points = None if recording is None else recording.last_points()
+        drawing.end_with(points, None if answering is None else answering.last)
 
 
 class Tally:
@@ -220,11 +235,17 @@ class Tally:
         }
 
 
-def _finish(job: Job, summary: dict[str, Any], recording: GeometryRecording | None) -> None:
+def _finish(
+    job: Job, summary: dict[str, Any], recording: GeometryRecording | None, answering: Answering | None
+) -> None:
     """Write the summary, and tell it."""
     drawn = [name for name, on in ((RECORDING, job.config.record), (VIDEO, job.config.video)) if on]
-    files = [name for name in drawn if summary["frames"]] + (recording.files if recording is not None else [])
-    summary |= {"geometry": None if recording is None else recording.summary(), "files": files}
+    parts = {"geometry": recording, "answers": answering}
+    files = [name for name in drawn if summary["frames"]]
+    for name, part in parts.items():
+        summary[name] = None if part is None else part.summary()
+        files += [] if part is None else part.files
+    summary["files"] = files
     write_json(job.output / SUMMARY, summary)
     counts = f"{summary['frames']:,} frames, {summary['dropped']:,} dropped, {summary['damaged']:,} damaged"
     if not summary["frames"]:
@@ -235,8 +256,9 @@ def _finish(job: Job, summary: dict[str, Any], recording: GeometryRecording | No
         values = [f"{key} {value:.1f}" for key, value in summary[f"{name}_ms"].items() if value is not None]
         if values:
             _say(f"{name.replace('_', ' '):<18} {'  '.join(values)} ms")
-    if recording is not None:
-        _say(str(recording))
+    for part in parts.values():
+        if part is not None:
+            _say(str(part))
     memory = {name: size for name, size in summary["peak_memory_bytes"].items() if size}
     _say("peak memory        " + "  ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items()))
     _say(f"{Compiled(**summary['compiled'])}\n" + "\n".join(str(job.output / name) for name in [*files, SUMMARY]))
@@ -276,6 +298,7 @@ def _explained(job: Job) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         hint = "a smaller window" if job.config.window else "a window"
+        hint += "" if job.question is None else ", or fewer answer.max_frames"
         raise LiveError(f"the device ran out of memory; set {hint}") from error
 
 

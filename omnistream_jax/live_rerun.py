@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from omnistream_jax.config import ConfigError
-from omnistream_jax.live_result import Geometry, LiveError, Points, Result
+from omnistream_jax.live_result import Answer, Geometry, LiveError, Points, Result
 
 _LONGEST_PATH = 512  # places of a camera's path that are drawn
 
@@ -17,14 +17,16 @@ class Recording:
     Args:
         path: of the recording; None: none.
         viewer: whether the viewer is started.
+        question: whose answers will come with results; "": none.
 
     Raises:
         ConfigError: Rerun is not installed.
         LiveError: the viewer cannot be started.
     """
 
-    def __init__(self, path: Path | None, viewer: bool):
+    def __init__(self, path: Path | None, viewer: bool, question: str = ""):
         self._rerun, self._path, self._viewer, self._empty = import_rerun(), path, viewer, True
+        self._question = question
         self._recording = self._rerun.RecordingStream("omnistream_jax")
         self._camera_path = CameraPath(_LONGEST_PATH)
         sinks = []
@@ -62,11 +64,17 @@ class Recording:
             self._show_geometry(result.geometry, depth_limits)
         if result.points is not None:
             self.show_points(result.points)
+        if result.answer is not None:
+            self.show_answer(result.answer)
 
     def show_points(self, points: Points) -> None:
         """Log points in place of those before, at the time of the last result."""
         shown = self._rerun.Points3D(points.positions, colors=points.colours, radii=points.voxel / 2)
         self._recording.log("world/points", shown)
+
+    def show_answer(self, answer: Answer) -> None:
+        """Log an answer at the time of the last result."""
+        self._recording.log("answer", self._rerun.TextLog(answer.text))
 
     def close(self) -> None:
         """Give the file its name. Raises LiveError where it cannot be written."""
@@ -91,6 +99,9 @@ class Recording:
             world = blueprint.Spatial3DView(origin="world", name="world")
             rows, shares = [blueprint.Horizontal(*pictures), world, rows[1]], [2, 3, 1]
             self._recording.log("world", self._rerun.ViewCoordinates.RDF, static=True)
+        if self._question:
+            rows.append(blueprint.TextLogView(origin="answer", name=self._question))
+            shares.append(1)
         self._recording.send_blueprint(blueprint.Vertical(*rows, row_shares=shares))
 
     def _show_geometry(self, geometry: Geometry, depth_limits: tuple[float, float] | None) -> None:

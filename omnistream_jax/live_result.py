@@ -1,6 +1,7 @@
 """What a live stream gives for a frame, between the model and what shows it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,31 @@ class Points:
 
 
 @dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the decoder says to a question about a stream.
+
+    Attributes:
+        index: of the newest frame that it is about.
+        time: of that frame, in seconds.
+        question, text: what was asked, and the answer; boxes are those of the frames as the model sees them.
+        frames: indices of the frames that the decoder was shown, the newest last.
+        seconds: that it took.
+    """
+
+    index: int
+    time: float
+    question: str
+    text: str
+    frames: tuple[int, ...]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of answers.jsonl."""
+        named = {"frame": self.index, "time": self.time, "question": self.question, "answer": self.text}
+        return named | {"frames": list(self.frames), "seconds": self.seconds}
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """A frame and what the model made of it.
 
@@ -61,6 +87,7 @@ class Result:
         latency: seconds from capture until then; None for a file that is read as fast as it goes.
         dropped: frames dropped so far.
         points: the cloud so far, with the frames at which it is drawn anew.
+        answer: with the frames after which a question is answered.
     """
 
     index: int
@@ -71,6 +98,7 @@ class Result:
     latency: float | None
     dropped: int
     points: Points | None = None
+    answer: Answer | None = None
 
     def check(self) -> None:
         """Raise LiveError for features that are not finite, or depth that is no number; endless depth is unknown."""

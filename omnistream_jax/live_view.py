@@ -10,7 +10,7 @@ import numpy as np
 from omnistream_jax.data.picture import colour_depth
 from omnistream_jax.evals.pca import ColourBasis, fit_colours, side_by_side
 from omnistream_jax.live_rerun import Recording
-from omnistream_jax.live_result import Geometry, Points, Result
+from omnistream_jax.live_result import Answer, Geometry, Points, Result
 
 RECORDING, VIDEO = "stream.rrd", "features.mp4"
 _TICKS = 1000  # a second, in the video
@@ -18,12 +18,20 @@ _UNKNOWN = (60, 60, 60)  # the colour of depth that is not known
 
 
 class Drawing:
-    """Colours features by a basis that the first frames fix, and shows them in every sink; use it with `with`."""
+    """Colours features by a basis that the first frames fix, and shows them in every sink; use it with `with`.
 
-    def __init__(self, output: Path, *, pca_frames: int, record: bool, video: bool, viewer: bool):
+    Args:
+        output: the folder.
+        pca_frames: frames that fix the basis.
+        record, video, viewer: the sinks.
+        question: whose answers will come with results; "": none.
+    """
+
+    def __init__(self, output: Path, *, pca_frames: int, record: bool, video: bool, viewer: bool, question: str = ""):
         self._wanted, self._held, self._basis = pca_frames, [], None
-        self._depth_limits, self._last_points = RunningLimits(), None
-        self._recording = Recording(output / RECORDING if record else None, viewer) if record or viewer else None
+        self._depth_limits, self._last_points, self._last_answer = RunningLimits(), None, None
+        path = output / RECORDING if record else None
+        self._recording = Recording(path, viewer, question) if record or viewer else None
         self._sinks: list[Recording | _Video] = [] if self._recording is None else [self._recording]
         if video:
             self._sinks.append(_Video(output / VIDEO))
@@ -37,9 +45,9 @@ class Drawing:
             if len(self._held) == self._wanted:
                 self._draw_held()
 
-    def end_with(self, points: Points | None) -> None:
-        """Show these points when everything else is shown; None: the last ones stay."""
-        self._last_points = points
+    def end_with(self, points: Points | None, answer: Answer | None) -> None:
+        """Show these when everything else is shown; None: the last points stay, and no further answer comes."""
+        self._last_points, self._last_answer = points, answer
 
     def _draw_held(self) -> None:
         if self._held:
@@ -64,6 +72,8 @@ class Drawing:
             self._draw_held()
             if self._recording is not None and self._last_points is not None:
                 self._recording.show_points(self._last_points)
+            if self._recording is not None and self._last_answer is not None:
+                self._recording.show_answer(self._last_answer)
 
 
 class RunningLimits:

@@ -27,8 +27,11 @@ ALLOWED = {
     "report": WORK,
     "evaluate": {"__init__"} | WORK,
     "extract": WORK,
-    "live": {"live_result", "live_geometry", "live_rerun", "live_view", "reconstruction"} | WORK,
+    "live": {"live_result", "live_geometry", "live_question", "live_rerun", "live_view", "reconstruction"} | WORK,
     "live_geometry": {"live_result", "reconstruction", "model", "geometry_model", "stream", "config", "data", "evals"}
+    | SUPPORT,
+    "live_question": {"live_result", "live_geometry", "language_model", "generate", "model", "geometry_model", "models"}
+    | {"config", "data"}
     | SUPPORT,
     "live_view": {"live_result", "live_rerun", "data", "evals"} | SUPPORT,
     "live_rerun": {"live_result", "config"} | SUPPORT,
