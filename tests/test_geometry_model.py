@@ -189,9 +189,9 @@ def test_the_activations_type_is_that_of_the_backbone(saved):
     ("changes", "message"),
     [
         ({"layers": [0, 1, 2, 4]}, r"layers: the backbone has 4 blocks, got \(0, 1, 2, 4\)"),
-        ({"layers": [-1, 1, 2, 3]}, "layers: expected four numbers"),
-        ({"layers": [1, 0, 2, 3]}, "layers: expected blocks in their order"),
-        ({"layers": [0, 1, 2]}, "layers: expected four numbers"),
+        ({"layers": [-1, 1, 2, 3]}, "layers: expected 4 blocks in their order"),
+        ({"layers": [1, 0, 2, 3]}, "layers: expected 4 blocks in their order"),
+        ({"layers": [0, 1, 2]}, "layers: expected 4 blocks in their order"),
         ({"layers": [0, 1, 2, 2.5]}, "layers: expected whole numbers"),
         ({"layers": "0123"}, "layers: expected whole numbers"),
         ({"out_channels": [4, 8, 12, 13]}, "out_channels: expected 4 multiples of 4"),
