@@ -104,11 +104,14 @@ def build(config: ConfigDict) -> Run:
         if config.self_supervision.gram.weight != 0:
             gram = backbone.config if gram_weights is None else gram_config(gram_weights)
         tasks = build_tasks(config, backbone, gram)
-        params = init_params(backbone, tasks, config.seed)
-        optimizer.check_factors(params)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from error
 
+    params = init_params(backbone, tasks, config.seed)
+    try:
+        optimizer.check_factors(params)
+    except ValueError as error:
+        raise config_lib.ConfigError(str(error)) from error
     if start is not None:
         params = {**params, "backbone": initial_backbone(start, backbone.config, params["backbone"])}
     if decoder is not None:

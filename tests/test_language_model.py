@@ -9,46 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backbone_cases import assert_same_bits, random_model
+from language_cases import decoder_config, fresh_decoder, random_language_model
 
 import omnistream_jax
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.convert.qwen3 import save_decoder
 from omnistream_jax.data.boxes import format_box, parse_boxes, restore_boxes
 from omnistream_jax.data.captions import letterbox
-from omnistream_jax.data.chat import load_chat
 from omnistream_jax.generate import MAX_LENGTH
-from omnistream_jax.language_model import CONFIG_NAME, PROJECTOR_NAME, LanguageModel, build_language_model
-from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, init_decoder
+from omnistream_jax.language_model import CONFIG_NAME, PROJECTOR_NAME, LanguageModel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIDE, TOKENS = 32, 6
 QUESTIONS = ["Describe the image.", "What colour is the cube that is to the left of the red ball?"]
 
 
-def decoder_config(**changes) -> Qwen3Config:
-    sizes = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "hidden": 32}
-    return Qwen3Config(**{"vocabulary_size": load_chat("embedded").vocabulary_size, **sizes, **changes})
-
-
-def fresh(config, seed=0):
-    return jax.jit(lambda key: init_decoder(Qwen3(config), key))(jax.random.key(seed))
-
-
 @pytest.fixture(scope="module")
 def model():
-    """Every parameter is random, and so large that what is said depends on the picture."""
-    config, generator = decoder_config(), np.random.default_rng(0)
-    shapes = {"mlp_0": (32, 24), "mlp_1": (24, 24)}
-    projector = {
-        name: {
-            "kernel": jnp.asarray(generator.normal(size=shape), jnp.float32),
-            "bias": jnp.asarray(generator.normal(size=shape[1]), jnp.float32),
-        }
-        for name, shape in shapes.items()
-    }
-    decoder = jax.tree.map(lambda leaf: leaf * 15 if leaf.ndim > 1 and leaf.shape[-1] != 8 else leaf, fresh(config))
-    params = {"projector": projector, "decoder": decoder}
-    return build_language_model(random_model(), config, params, load_chat("embedded"), SIDE)
+    return random_language_model(random_model(), decoder_config(), SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +218,6 @@ def test_a_missing_decoder_is_named(copied):
 )
 def test_a_decoder_of_another_size_is_one_clear_error(copied, changes, message):
     config = decoder_config(**changes)
-    save_decoder(copied / "decoder", config, fresh(config))
+    save_decoder(copied / "decoder", config, fresh_decoder(config))
     with pytest.raises(WeightsError, match=message):
         omnistream_jax.load_language(copied)

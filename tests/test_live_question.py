@@ -8,11 +8,11 @@ import shutil
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from clip_cases import real_frames, write_clip
 from geometry_model_cases import random_geometry_model
+from language_cases import decoder_config, random_language_model
 from live_cases import CONFIG, assert_rerun_verifies, recorded, summary_of
 
 import omnistream_jax
@@ -20,14 +20,12 @@ from omnistream_jax import config as config_lib
 from omnistream_jax import live, live_question, live_view
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
-from omnistream_jax.data.chat import load_chat
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.generate import MAX_LENGTH
 from omnistream_jax.geometry_model import GeometryModel
-from omnistream_jax.language_model import CONFIG_NAME, LanguageModel, build_language_model
+from omnistream_jax.language_model import CONFIG_NAME, LanguageModel
 from omnistream_jax.live_question import ANSWERS, KeptFrame, KeptFrames
 from omnistream_jax.model import Model
-from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, init_decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEIGHT, WIDTH, FRAMES, TOKENS = 32, 48, 12, 16
@@ -40,24 +38,6 @@ SMALL = {
 SHOWN = {4: [0, 2, 4], 9: [0, 4, 8, 9], 11: [0, 4, 8, 11]}
 
 
-def random_language_model(model: Model) -> LanguageModel:
-    """Every parameter is random, and so large that what is said depends on all pictures."""
-    sizes = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "hidden": 32}
-    config = Qwen3Config(vocabulary_size=load_chat("embedded").vocabulary_size, tied=False, **sizes)
-    generator = np.random.default_rng(0)
-    shapes = {"mlp_0": (model.config.width, 24), "mlp_1": (24, 24)}
-    projector = {
-        name: {
-            "kernel": jnp.asarray(generator.normal(size=shape), jnp.float32),
-            "bias": jnp.asarray(generator.normal(size=shape[1]), jnp.float32),
-        }
-        for name, shape in shapes.items()
-    }
-    fresh = jax.jit(lambda key: init_decoder(Qwen3(config), key))(jax.random.key(1))
-    decoder = jax.tree.map(lambda leaf: leaf * 15 if leaf.ndim > 1 and leaf.shape[-1] != 8 else leaf, fresh)
-    return build_language_model(model, config, {"projector": projector, "decoder": decoder}, load_chat("embedded"), 32)
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "a.mp4", real_frames(0, 40)[:FRAMES])
@@ -68,7 +48,9 @@ def checkpoint(tmp_path_factory):
     """A backbone with geometry heads and a decoder."""
     directory, geometry = tmp_path_factory.mktemp("model"), random_geometry_model()
     geometry.save(directory)
-    random_language_model(geometry.model).save_beside(directory)
+    # With tied weights it would repeat itself, whatever the frames.
+    language = random_language_model(geometry.model, decoder_config(tied=False), 32, seed=1)
+    language.save_beside(directory)
     return directory
 
 
