@@ -23,7 +23,8 @@ WORK = {"step", "optim", "sharding", "checkpoint", "config", "tasks", "evals", "
 ALLOWED = {
     "__init__": {"model", "geometry_model", "language_model"},
     "main": {"train", "evaluate", "extract", "live"} | WORK,
-    "train": {"report"} | WORK,
+    "train": {"build", "report"} | WORK,
+    "build": WORK,
     "report": WORK,
     "evaluate": {"__init__"} | WORK,
     "extract": WORK,
