@@ -292,6 +292,8 @@ def test_a_caption_names_what_is_there():
         mentioned = [re.sub(r"^a ", "", part) for part in re.split(r", | and ", listed.split(": ", 1)[1])]
         assert NUMBERS.index(counted.lower()) == len(mentioned) == len(record.boxes)
         assert tuple(mentioned) == record.phrases
+        middles = [x1 + x2 for x1, _, x2, _ in record.boxes]
+        assert middles == sorted(middles)  # from left to right
         assert set(mentioned) <= names
         boxes = dict(zip(record.phrases, record.boxes, strict=True))
         for sentence in others:

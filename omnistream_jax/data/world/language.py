@@ -33,8 +33,13 @@ def noun(thing: Thing) -> str:
     return _noun(thing.colour, thing.material, thing.shape)
 
 
+def left_to_right(seen: list[Seen]) -> list[Seen]:
+    """What is seen in the order of the boxes' middles: one that a picture tells, so that it can be learned."""
+    return sorted(seen, key=lambda one: one.box[0] + one.box[2])
+
+
 def frame_caption(clip: WorldClip, frame: int, rng: np.random.Generator) -> str:
-    """How many things a frame shows and which, how two of them lie to each other, and which is the nearest."""
+    """How many things a frame shows and which, from left to right, how two of them lie, and which is the nearest."""
     seen, things = clip.seen(frame), clip.scene.things
     sentences = [_enumeration(clip.scene, seen)]
     if relations := _relations(clip.scene, seen):
@@ -79,7 +84,7 @@ def _noun(colour: str | None, material: str | None, shape: str) -> str:
 
 
 def _enumeration(scene: Scene, seen: list[Seen]) -> str:
-    names = [f"a {noun(scene.things[one.thing])}" for one in seen]
+    names = [f"a {noun(scene.things[one.thing])}" for one in left_to_right(seen)]
     count = f"{NUMBERS[len(names)].capitalize()} thing{'' if len(names) == 1 else 's'}"
     listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
     return f"{count}: {listed}." if names else f"{count}."

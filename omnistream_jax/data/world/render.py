@@ -31,11 +31,13 @@ class Surface:
       layer: of the textures.
       tint: red, green and blue are multiplied with these.
       texels_per_metre: how fine the texture lies on it.
+      wash: share of white over all, 0 to 1.
     """
 
     layer: int
     tint: tuple[float, float, float]
     texels_per_metre: float
+    wash: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +155,13 @@ def _colours(canvas: _Canvas, texels: np.ndarray, surfaces: tuple[Surface, ...])
     """uint8 [H, W, 3]: texture times tint times brightness, as the mean over a pixel's rays."""
     packed = texels[canvas.texel]
     tints = np.array([surface.tint for surface in surfaces], np.float32)
+    wash = np.array([surface.wash for surface in surfaces], np.float32)[canvas.paint]
     image = np.empty((*packed.shape[1:], 3), np.uint8)
     for channel in range(3):
         colour = ((packed >> (8 * channel)) & 255).astype(np.float32)
-        colour *= canvas.brightness
         colour *= tints[:, channel][canvas.paint]
+        colour += wash * (255 - colour)
+        colour *= canvas.brightness
         image[..., channel] = np.minimum(colour.mean(0) + 0.5, 255)
     return image
 

@@ -36,6 +36,7 @@ SHAPES: dict[str, tuple[float, float, float]] = {
 }
 """Half sides of each shape, as multiples of each other."""
 MAX_OTHERS = 5
+_WALLS_WASH = 0.65  # with walls as vivid as the things, a model learns in hours, not minutes, what a picture shows
 _ATTEMPTS = 400
 
 
@@ -283,7 +284,7 @@ def _thing(
 
 
 def _walls(rng: np.random.Generator, textures: Textures) -> tuple[Surface, ...]:
-    """Photographs on the walls and the floor, some as they are and some in one pale colour; a plain ceiling."""
+    """Photographs, in their own colours or in one, under a wash of white: what stands in the room stands out."""
     surfaces = []
     for face in range(6):
         ceiling = face == 2
@@ -291,5 +292,5 @@ def _walls(rng: np.random.Generator, textures: Textures) -> tuple[Surface, ...]:
         tint = rng.uniform(0.6, 1.1, 3) if grey else np.full(3, rng.uniform(0.7, 1.0))
         span = rng.uniform(1.0, 3.0)
         layers = textures.greys if grey else textures.photographs
-        surfaces.append(Surface(int(rng.choice(layers)), tuple(tint.tolist()), SIDE / span))
+        surfaces.append(Surface(int(rng.choice(layers)), tuple(tint.tolist()), SIDE / span, _WALLS_WASH))
     return tuple(surfaces)

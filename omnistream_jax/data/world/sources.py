@@ -19,7 +19,7 @@ from omnistream_jax.data.readers.captions import DESCRIBE, Prompt, grounded_prom
 from omnistream_jax.data.schema import CaptionedImage, PosedFrame, Sample, SequenceInfo
 from omnistream_jax.data.sources import clip_indices
 from omnistream_jax.data.world.clips import Seen, WorldClip, render_clip
-from omnistream_jax.data.world.language import Question, frame_caption, frame_questions, noun
+from omnistream_jax.data.world.language import Question, frame_caption, frame_questions, left_to_right, noun
 from omnistream_jax.data.world.motion import MOTIONS
 from omnistream_jax.data.world.scenes import Scene, build_scene, motion_of
 
@@ -184,7 +184,7 @@ class WorldCaptions(_World):
         """Renders a picture and draws its text; a record is always the same."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), self._checked(index), len(self.TASKS)])
         clip = render_clip(self.scene(index), [rng.random()], self.size)
-        seen = {one.thing: one for one in clip.seen(0)}  # never empty: what moves is in sight
+        seen = {one.thing: one for one in left_to_right(clip.seen(0))}  # never empty: what moves is in sight
         path = self.describe(index)
         return _prompt(self.task(index), clip, seen, rng, path).with_image(clip.images[0], path)
 
