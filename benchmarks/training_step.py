@@ -59,7 +59,7 @@ class Ours:
     """The backbone with random weights, its step compiled ahead."""
 
     def __init__(self, arguments: argparse.Namespace, config: BackboneConfig):
-        backbone = Backbone(config, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat)
+        backbone = Backbone(config, dtype=jnp.dtype(arguments.dtype), remat="block" if arguments.remat else "auto")
         params = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3)))["params"]
         random = np.random.default_rng(0)
         shape = (arguments.batch, arguments.frames, arguments.size, arguments.size, 3)

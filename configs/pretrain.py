@@ -8,10 +8,11 @@
 learn           What is learned of geometry from the rendered scenes in a quarter of an hour on 2 cores: scores on
                 held-out scenes in the last line of runs/learn/metrics.jsonl.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
-stage2          The paper's second stage: 120,000 steps at 512 x 512, from stage 1's `model` directory:
-                --config.init.backbone=runs/stage1/model --config.self_supervision.gram.backbone=DINOV3_DIR
-                (the heads, projector and decoder start anew; --config.init.decoder=runs/stage1/model/decoder keeps
-                the decoder).
+stage2          The paper's second stage: 120,000 steps at 512 x 512, from all that stage 1 has trained:
+                --config.init.weights=runs/stage1 --config.self_supervision.gram.backbone=DINOV3_DIR
+                --config.language.tokenizer=QWEN3_DIR
+                (or from its exported backbone and decoder alone, with new heads and projector:
+                --config.init.backbone=runs/stage1/model --config.init.decoder=runs/stage1/model/decoder).
 no_video, no_geometry, no_caption
                 The paper's ablations, of the quick start, or behind a comma of another recipe (stage1,no_video).
 
@@ -65,8 +66,9 @@ def _paper() -> ConfigDict:
     config.steps = 60_000
 
     # Sizes: tiny, small, base, large (models/presets.py). patch_size 0 is the preset's. dtype auto: bfloat16 on
-    # accelerators. remat recomputes each block in the backward pass, for less memory. layer_scale: LayerScale's value
-    # and kernel_std the standard deviation of kernels at the start of training from scratch.
+    # accelerators. remat: what a block keeps for its backward pass: none (nothing is computed again), dots (products
+    # are kept), block (its input alone: the least memory, a third more time), or auto, the fastest. layer_scale:
+    # LayerScale's value and kernel_std the standard deviation of kernels at the start of training from scratch.
     config.model = ConfigDict(
         {
             "preset": "large",
@@ -74,13 +76,18 @@ def _paper() -> ConfigDict:
             "rope": "dinov3",
             "time_unit": 16,
             "dtype": "auto",
-            "remat": False,
+            "remat": "auto",
             "layer_scale": 0.01,
             "kernel_std": 0.02,
         }
     )
-    # Directories or hub ids; "": from scratch. The decoder is Qwen3 in the Hugging Face layout.
-    config.init = ConfigDict({"backbone": "", "decoder": ""})
+    # How many devices share the work in which way (sharding.py): data splits batches; fsdp splits batches and
+    # parameters; tensor splits heads, MLPs, prototypes and the vocabulary. -1: all that are left over.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    # Directories or hub ids; "": from scratch. The decoder is Qwen3 in the Hugging Face layout. weights: another run's
+    # --workdir, or one of its checkpoints, from whose EMA teacher all parts of the model start (parts: those named, as
+    # ("backbone",)); the optimiser and the steps begin anew.
+    config.init = ConfigDict({"backbone": "", "decoder": "", "weights": "", "parts": ()})
 
     # Adam as in the paper. Where it is silent, as DINOv3: the norm of each module's gradient is clipped at clip_norm
     # (0: not), and the heads' prototypes wait for freeze_prototypes_steps. factors: of the learning rate of parts of
@@ -111,7 +118,7 @@ def _paper() -> ConfigDict:
             "local_weight": 0.5,
             "koleo_weight": 0.1,
             "rope_jitter": 2.0,
-            # The Gram teacher is the pre-trained backbone of gram.backbone, or else of init.backbone; without either,
+            # The Gram teacher is the pre-trained backbone of gram.backbone, or else of init; without either,
             # copies of the EMA teacher, the first after first_snapshot steps (the term is off before), then every
             # snapshot_every (0: never). size: side of its crops in pixels where it is not the student's (0).
             "gram": {"weight": 1.0, "backbone": "", "size": 0, "first_snapshot": 10_000, "snapshot_every": 10_000},
@@ -161,6 +168,8 @@ def _paper() -> ConfigDict:
     )
 
     # One entry a task; weight 0 leaves it out. Batch sizes are samples a step over all devices.
+    # micro_batches: the batch is taken in so many parts, one after the other, for less memory and the same gradient;
+    # self-supervision compares the samples of a batch with each other and allows 1 alone.
     # paths: folders or .txt lists, or data sets as NAME:DIR (data/registry.py), separated by commas; "embedded" is what
     # comes with the package. path_weights: their shares; (): by the square root of their sizes. short_side: videos are
     # decoded to it (0: as they are). frame_rate: the unit of stride is 1 / frame_rate seconds (0: a frame).
@@ -170,6 +179,7 @@ def _paper() -> ConfigDict:
         "paths": "",
         "path_weights": (),
         "batch_size": 1_024,
+        "micro_batches": 1,
         "global_size": 224,
         "local_size": 96,
         "local_crops": 2,
@@ -185,6 +195,7 @@ def _paper() -> ConfigDict:
         "paths": "",
         "path_weights": (),
         "batch_size": 64,
+        "micro_batches": 1,
         "frames": 16,
         "stride": (),
         "height": 224,
@@ -200,6 +211,7 @@ def _paper() -> ConfigDict:
         "paths": "",
         "path_weights": (),
         "batch_size": 64,
+        "micro_batches": 1,
         "captions_per_row": 4,
         "max_tokens": 512,
         "size": 224,
@@ -207,11 +219,24 @@ def _paper() -> ConfigDict:
     config.tasks = ConfigDict({"image_ssl": image, "clip_ssl": clip, "clip_geometry": posed, "caption": captioned})
 
     # An unreadable sample is replaced by another of its source, counted and told; a source that fails in a larger
-    # share of its last 100 samples stops the run.
-    config.loader = ConfigDict({"workers": 8, "prefetch": 2, "max_failed_fraction": 0.5})
+    # share of its last 100 samples stops the run. Workers that die are started anew, max_restarts times in a row.
+    config.loader = ConfigDict({"workers": 8, "prefetch": 2, "max_failed_fraction": 0.5, "max_restarts": 3})
     # Compiled programs, for the next start; "": none. JAX_COMPILATION_CACHE_DIR, where it is set, comes first.
     config.compilation_cache = "~/.cache/omnistream_jax/compilation"
+    # Pictures for TensorBoard as the evaluation's below, also during training (0: at the end alone). A profile of
+    # `steps` steps from `start` on, in WORKDIR/profile (0: none); `kill -USR1 PID` profiles the next 5 at any time.
     config.log_every = 50
+    config.pictures_every = 0
+    config.profile = ConfigDict({"start": 10, "steps": 0})
+    # A step with a loss or gradient that is not finite makes no update; more than so many in a row stop the run.
+    config.max_nonfinite_steps = 10
+    # Exit status after SIGTERM, for the scheduler to start the job again (75: EX_TEMPFAIL).
+    config.requeue_exit_code = 75
+    # Of a run of many processes (launch/README.md). start_seconds: how long they wait for each other at the start.
+    # heartbeat_seconds: when one has not been heard of for so long, the others end. step_deadline_seconds: a step that
+    # takes longer, its save included, ends the process with all stacks printed (0: none); the first, which compiles,
+    # has ten times as long.
+    config.distributed = ConfigDict({"start_seconds": 300, "heartbeat_seconds": 100, "step_deadline_seconds": 900.0})
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 20_000})
     # At the end, on held-out frames that come with the package: features.png of a clip of so many frames at this side,
     # and patch retrieval at the side of the global crops; with geometry, depth and cameras of so many rendered scenes;
@@ -232,7 +257,7 @@ def _paper() -> ConfigDict:
 def _second_stage(config: ConfigDict) -> None:
     config.name = "stage2"
     config.steps = 120_000
-    config.model.remat = True
+    config.model.remat = "block"
     for task in (config.tasks.image_ssl, config.tasks.clip_ssl):
         task.update({"global_size": 512, "local_size": 224})
     config.tasks.clip_geometry.update({"height": 512, "width": 512})
@@ -272,6 +297,7 @@ def _quick_start(config: ConfigDict) -> None:
     config.tasks.caption.update(captioned)
     config.tasks.caption.weight = 0.1  # few captions a step: their gradient is noise to what the pictures show
     config.loader.update({"workers": 0, "prefetch": 4})
+    config.distributed.step_deadline_seconds = 0.0  # a laptop may sleep
     config.log_every = 10
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
     config.evaluation.update({"retrieval_size": 96, "geometry_scenes": 8, "geometry_size": 64})

@@ -1,15 +1,14 @@
 """From a config to all that the steps need, with the state before the first one.
 
-What a run starts from where it has no checkpoint of its own: the weights that `init.backbone` and `init.decoder` name,
-else random parameters.
+What a run starts from where it has no checkpoint of its own: the weights that `init.backbone`, `init.decoder` and
+`init.weights` name, else random parameters.
 """
 
 import dataclasses
 import operator
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
@@ -20,22 +19,38 @@ from omnistream_jax.data.embedded import heldout_clip
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.qwen3 import Qwen3Config
 from omnistream_jax.optim import Optimizer
-from omnistream_jax.sharding import make_mesh, replicated
+from omnistream_jax.sharding import host_copy, make_mesh, put_on_mesh, state_shardings
 from omnistream_jax.step import TrainState, init_params, init_state
 from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks
 from omnistream_jax.tasks.caption import DECODER, CaptionTask
 from omnistream_jax.tasks.task import Params, Task
+from omnistream_jax.weights import find_checkpoint, restore_weights, taken_parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is built from a config before the first step."""
+    """What is built from a config before the first step.
+
+    Attributes:
+        backbone: the student's module.
+        tasks: what it is trained on.
+        optimizer: how it is updated.
+        mesh: of all devices.
+        initial: the backbone's parameters before the first step, in the host's memory.
+        state: before the first step, laid out on the mesh.
+    """
 
     backbone: Backbone
     tasks: Sequence[Task]
     optimizer: Optimizer
+    mesh: Mesh
     initial: Params
     state: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where each array of the state lies, before and after every step."""
+        return state_shardings(self.mesh, self.state)
 
 
 def build(config: ConfigDict) -> Run:
@@ -45,41 +60,53 @@ def build(config: ConfigDict) -> Run:
         ConfigError: a field does not fit.
         WeightsError: the pre-trained weights cannot be read or do not fit the model.
     """
+    if config.init.weights:
+        find_checkpoint(config.init.weights)  # what is missing is told before minutes are spent
     start = layouts.read(config.init.backbone) if config.init.backbone else None
     decoder = _read_decoder(config)
     gram_path = config.self_supervision.gram.backbone
     gram_weights = layouts.read(gram_path) if gram_path else start
     try:
         _check(config)
+        mesh = make_mesh(**config.mesh)
         backbone, optimizer = build_backbone(config), build_optimizer(config)
         gram = None
-        if config.self_supervision.gram.weight != 0:
+        if config.self_supervision.gram.weight != 0 and _trains(config, "image"):
             gram = backbone.config if gram_weights is None else gram_config(gram_weights)
         tasks = build_tasks(config, backbone, gram)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from error
 
-    params = init_params(backbone, tasks, config.seed)
     try:
+        params = init_params(backbone, tasks, config.seed, mesh)
         optimizer.check_factors(params)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from error
+    if taken := taken_parts(config, tuple(params)):
+        params |= restore_weights(config.init.weights, {part: params[part] for part in taken}, config)
     if start is not None:
         params = {**params, "backbone": initial_backbone(start, backbone.config, params["backbone"])}
     if decoder is not None:
         params = {**params, DECODER: _initial_decoder(decoder, tasks)}
-    whole = replicated(make_mesh())
-    params = jax.device_put(params, whole)
-    # Without pre-trained weights the Gram teacher holds a place until its first snapshot.
-    gram_params = params["backbone"] if gram_weights is None else gram_weights.params
-    state = init_state(params, tasks, optimizer, None if gram is None else jax.tree.map(jnp.copy, gram_params))
-    return Run(backbone, tasks, optimizer, jax.device_get(params["backbone"]), jax.device_put(state, whole))
+    params = put_on_mesh(params, state_shardings(mesh, params))
+    gram_params = None
+    if gram is not None:  # without pre-trained weights the Gram teacher holds a place until its first snapshot
+        gram_params = params["backbone"] if gram_weights is None else gram_weights.params
+        gram_params = put_on_mesh(gram_params, state_shardings(mesh, gram_params))
+    initial = host_copy(params["backbone"])
+    return Run(backbone, tasks, optimizer, mesh, initial, init_state(params, tasks, optimizer, gram_params, mesh))
 
 
 def _read_decoder(config: ConfigDict) -> tuple[Qwen3Config, Params] | None:
-    """What `init.decoder` names, if a task trains a decoder."""
-    trained = any(fields.kind == "captioned" and fields.weight != 0 for fields in config.tasks.values())
-    return load_decoder(config.init.decoder) if config.init.decoder and trained else None
+    if not config.init.decoder:
+        return None
+    if not _trains(config, "captioned"):
+        raise config_lib.ConfigError("init.decoder: no task trains a decoder; expected none")
+    return load_decoder(config.init.decoder)
+
+
+def _trains(config: ConfigDict, kind: str) -> bool:
+    return any(fields.kind == kind and fields.weight != 0 for fields in config.tasks.values())
 
 
 def _initial_decoder(weights: tuple[Qwen3Config, Params], tasks: Sequence[Task]) -> Params:
@@ -92,6 +119,8 @@ def _initial_decoder(weights: tuple[Qwen3Config, Params], tasks: Sequence[Task])
 def _check(config: ConfigDict) -> None:
     """What would else fail only after hours of training."""
     least = {"seed": 0, "log_every": 1, "checkpoint.every": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 0}
+    least |= {"max_nonfinite_steps": 0, "requeue_exit_code": 1, "loader.max_restarts": 0}
+    least |= {"distributed.step_deadline_seconds": 0, "pictures_every": 0, "profile.start": 1, "profile.steps": 0}
     least |= {"evaluation.picture_frames": 1, "evaluation.geometry_scenes": 1, "evaluation.caption_records": 2}
     for field, smallest in least.items():
         value = operator.attrgetter(field)(config)

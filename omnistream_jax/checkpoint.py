@@ -9,12 +9,16 @@ fingerprints.
     DIR/100/  DIR/200/        whole ones, by step
     DIR/300.bad/              was found damaged at a restore and put aside; never read again
     DIR/400.orbax-...-tmp/    was being written when the process died; removed at the next save
+
+A save that fails, as on a full disk, takes what it has written away with it and leaves the others as they were.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +28,7 @@ import orbax.checkpoint as orbax
 from absl import logging
 from jax.experimental import multihost_utils
 
+from omnistream_jax.utils.agreement import any_process, from_first_process
 from omnistream_jax.utils.trees import describe, fingerprint, named_leaves, nest
 
 ocp = orbax.v1
@@ -42,12 +47,31 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be saved or restored; the message names the directory and the step."""
 
 
+class SaveFailedError(CheckpointError):
+    """The machine would not take a checkpoint: a full disk, most often. The ones before it stand."""
+
+
 class CheckpointMismatchError(CheckpointError):
     """A whole checkpoint holds other arrays than the ones asked for; the message lists the differences."""
 
 
 class _DamagedError(Exception):
     """A checkpoint is not whole; the message says what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: its step.
+        leaves: name -> shape and type of each array, as in {"params/kernel": "float32[3,4]"}.
+        metadata: what was given to `save`.
+    """
+
+    step: int
+    leaves: dict[str, str]
+    metadata: dict
 
 
 class Checkpoints:
@@ -95,7 +119,8 @@ class Checkpoints:
                 keys are given as `jax.random.key_data`.
             metadata: JSON values, handed back by `restore_latest`.
 
-        Raises CheckpointError where this save cannot begin or the one before has failed in the background.
+        Raises CheckpointError for what is wrong with the state or the step, SaveFailedError where the disk has no room
+        for it or the save cannot begin, or where the one before has failed in the background (see `wait`).
         """
         if self._read_only:
             raise CheckpointError(f"checkpoints in {self.directory} were opened for reading only")
@@ -114,18 +139,27 @@ class Checkpoints:
             }
         )
         with self._saving(step):
+            if jax.process_index() == 0:
+                _check_space(self.directory, sum(leaf.nbytes for leaf in leaves.values()))
+        with self._saving(step):
             response = self._open().save_async(
                 step, nest(leaves), checkpointable_name=_ITEM, force=True, custom_metadata=record
             )
         self._pending = (step, response)
 
-    def wait(self) -> None:
-        """Returns when the background save is on the disk; raises CheckpointError where it has failed."""
+    def wait(self) -> int | None:
+        """Waits for the save in the background; the step that is now on the disk to stay, None if there was none.
+
+        Raises SaveFailedError where it has failed.
+        """
         if self._pending is None:
-            return
+            return None
         (step, response), self._pending = self._pending, None
         with self._saving(step):
             response.result()
+            if jax.process_index() == 0:
+                _hand_to_disk(self.directory / str(step))
+        return step
 
     def close(self) -> None:
         """Waits for the save in the background, as `wait` does, and ends Orbax's threads."""
@@ -161,21 +195,54 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
+        """A part of a save, which fails in all processes if it does in one."""
+        failure = None
         try:
             yield
         except Exception as error:  # Orbax wraps whatever went wrong
-            problem = f"step {step} could not be saved in {self.directory}: {_reason(error)}"
-            raise CheckpointError(problem) from error
+            failure = error
+        if any_process(failure is not None):
+            self._abandon(step)
+            reason = _reason(failure) if failure else "another process has failed"
+            raise SaveFailedError(f"step {step} could not be saved in {self.directory}: {reason}") from failure
+
+    def _abandon(self, step: int) -> None:
+        """Forgets Orbax's manager, which counts the failed step as saved, and removes what there is of the step."""
+        checkpointer, self._checkpointer = self._checkpointer, None
+        if checkpointer is not None:
+            with contextlib.suppress(Exception):  # it tells the failure again
+                checkpointer.close()
+        if jax.process_index() == 0:
+            for leftover in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     # Restoring
 
-    def restore_latest(self, abstract_state: object, *, partial: bool = False) -> tuple[int, object, dict] | None:
+    def contents(self, step: int | None = None) -> Contents:
+        """Of a step, or of the newest one whose record is whole; the arrays are not read.
+
+        Raises CheckpointError where there is none.
+        """
+        damage = "there is none"
+        for candidate in reversed(from_first_process(self.steps) if step is None else [step]):
+            try:
+                record = _read_record(self.directory / str(candidate), candidate)
+                return Contents(candidate, record["leaves"], record["metadata"])
+            except _DamagedError as error:
+                damage = str(error)
+                logging.warning("Checkpoint %s is damaged: %s", self.directory / str(candidate), damage)
+        raise CheckpointError(f"no checkpoint in {self.directory} can be used: {damage}")
+
+    def restore_latest(
+        self, abstract_state: object, *, partial: bool = False, step: int | None = None
+    ) -> tuple[int, object, dict] | None:
         """The newest whole checkpoint, or None where there has never been one.
 
         Args:
             abstract_state: the expected tree, of arrays or `jax.ShapeDtypeStruct`; a leaf's sharding says
                 where the restored array lies, by default on the first device.
             partial: the checkpoint may hold more than is asked for.
+            step: this one and no other.
 
         Returns:
             (step, state, metadata), the state of `jax.Array` leaves.
@@ -186,17 +253,21 @@ class Checkpoints:
         aside.
         """
         self.wait()
-        steps = self.steps()
+        steps = from_first_process(self.steps) if step is None else [step]
         for step in reversed(steps):
-            damage = None
+            damage = failure = None
             try:
                 state, metadata = self._restore(step, abstract_state, partial)
             except _DamagedError as error:
                 damage = str(error)
-            if not _any_process(damage is not None):
+            except CheckpointError as error:
+                failure = error
+            if any_process(failure is not None):
+                raise failure or CheckpointError(f"another process could not read {self.directory / str(step)}")
+            if not any_process(damage is not None):
                 return step, state, metadata
             self._put_aside(step, damage or "another process found it damaged")
-        aside = sorted(path.name for path in self.directory.glob("*.bad*"))
+        aside = from_first_process(lambda: sorted(path.name for path in self.directory.glob("*.bad*")))
         if steps or aside:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is whole (damaged: {', '.join(aside) or steps}). "
@@ -253,6 +324,23 @@ def _prepare_directory(directory: Path, make: bool) -> None:
         next(directory.iterdir(), None)
     except OSError as error:
         raise CheckpointError(f"checkpoint directory {directory} cannot be used: {error.strerror}") from error
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    """Raises OSError where the disk cannot hold so many bytes more: a disk filled to the brim stops others too."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(f"the disk is full: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free")
+
+
+def _hand_to_disk(step_directory: Path) -> None:
+    """Makes a checkpoint outlast a power cut: TensorStore does so with arrays, nobody with records and folders."""
+    for path in (*step_directory.rglob("*"), step_directory, step_directory.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_step(name: str) -> bool:
@@ -360,9 +448,3 @@ def _raise_unless_damage(error: Exception, path: Path) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))

@@ -1,21 +1,31 @@
 """The command line: python -m omnistream_jax.main --config=FILE.py[:ARGUMENT] [--workdir=DIR] [--config.field=value].
 
-Everything that a run does stands in its config; `config.job` names the job. Exit status: 0 done, 1 an error that the
-message explains, 2 a configuration that cannot work.
+Everything that a run does stands in its config; `config.job` names the job. launch/ starts many processes as one run.
+
+Exit status, of all processes of a run where one fails:
+    0     done
+    1     an error that the message explains, a fault of the program with its stack trace, or a step beyond
+          config.distributed.step_deadline_seconds with the stacks of all threads: starting again may help
+    2     a configuration that cannot work: starting again cannot help
+    75    stopped by SIGTERM when all was saved (config.requeue_exit_code): start it again, and it goes on
+    134   (SIGABRT, by JAX) another process was not heard of for config.distributed.heartbeat_seconds
 """
 
+import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
-from omnistream_jax import evaluate, extract, live, train
+from omnistream_jax import distributed, evaluate, extract, launcher, live, train
 from omnistream_jax.checkpoint import CheckpointError
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.launcher import Launch
 from omnistream_jax.utils import compilation
 from omnistream_jax.utils.lock import WorkdirLockedError
 
@@ -23,12 +33,16 @@ CONFIG = config_lib.define_flag()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where a training run's files lie; runs/NAME with the config's name if absent."
 )
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Of a run of many processes: HOST:PORT where process 0 listens.")
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes the run has.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 # Told without a trace.
 EXPLAINED = (
     CheckpointError,
     DataError,
     WeightsError,
     WorkdirLockedError,
+    distributed.DistributedError,
     evaluate.EvaluationError,
     extract.ExtractionError,
     live.LiveError,
@@ -47,32 +61,62 @@ def main(_: list[str]) -> int | None:
         compilation.keep_compiled(config.compilation_cache)
     except OSError as error:  # slower starts, and nothing else
         print(f"compilation_cache: going on without ({error})", file=sys.stderr, flush=True)
-    return JOBS[config.job](config)
+    return JOBS[config.job](config, _launch())
 
 
-def _train(config: ConfigDict) -> None:
-    train.train(config, Path(WORKDIR.value or f"runs/{config.name}"))
+def _launch() -> Launch | None:
+    return launcher.detect(
+        os.environ,
+        jax.config.jax_platforms,
+        coordinator=COORDINATOR.value,
+        process_count=PROCESS_COUNT.value,
+        process_id=PROCESS_ID.value,
+    )
 
 
-def _extract(config: ConfigDict) -> int:
+def _train(config: ConfigDict, launch: Launch | None) -> None:
+    with distributed.connected(
+        launch,
+        start_seconds=config.distributed.start_seconds,
+        heartbeat_seconds=config.distributed.heartbeat_seconds,
+    ):
+        train.train(config, Path(WORKDIR.value or f"runs/{config.name}"))
+
+
+def _extract(config: ConfigDict, launch: Launch | None) -> int:
+    """Processes share the items and else need nothing of each other: none waits, and none ends with another."""
     if WORKDIR.present:
         raise ConfigError("workdir: extraction writes to --config.output=DIR")
-    return extract.extract(config)
+    if launch is None or config.process_count:
+        return extract.extract(config)
+    if launch.count is None:  # only the cluster itself knows it
+        with distributed.connected(launch):
+            return extract.extract(config)
+    distributed.use_gpus(launch)
+    return extract.extract(config, launch.index, launch.count)
 
 
-def _stream(config: ConfigDict) -> None:
+def _stream(config: ConfigDict, launch: Launch | None) -> None:
     if WORKDIR.present:
         raise ConfigError("workdir: a stream writes to --config.output=DIR")
+    _alone("stream", launch)
     live.stream(config)
 
 
-def _evaluate(config: ConfigDict) -> int:
+def _evaluate(config: ConfigDict, launch: Launch | None) -> int:
     if WORKDIR.present:
         raise ConfigError("workdir: an evaluation writes to --config.output=DIR")
+    _alone("evaluate", launch)
     return evaluate.evaluate(config)
+
+
+def _alone(job: str, launch: Launch | None) -> None:
+    if launch is not None and launch.count not in (None, 1):
+        raise ConfigError(f"job {job}: works in one process, got {launch.count} by {launch.launcher}")
 
 
 JOBS = {"train": _train, "extract": _extract, "stream": _stream, "evaluate": _evaluate}
 
 if __name__ == "__main__":
-    config_lib.run(main, errors=EXPLAINED)
+    with distributed.ending_all_on_failure():
+        config_lib.run(main, errors=EXPLAINED)

@@ -101,21 +101,39 @@ def report(config: ConfigDict, trained: Trained, workdir: Path, metrics: Metrics
     scores = {}
     for name, each in (("trained", model), ("untrained", trained.untrained)):
         scores |= {f"{key}_{name}": value for key, value in _retrieval(each, fields.retrieval_size).items()}
-    pictures = {"features": _features_picture(trained, fields.picture_frames, fields.picture_size)}
     if geometry is not None:
-        clips = WorldClips("heldout", fields.geometry_scenes, frames=fields.picture_frames, size=fields.geometry_size)
-        scores |= world_geometry(geometry.reconstruct, clips)
-        pictures["geometry"] = _geometry_picture(geometry, clips)
+        scores |= world_geometry(geometry.reconstruct, _heldout_clips(fields))
     if language is not None:
-        caption_scores, pictures["captions"] = _captions(language, fields.caption_records)
-        scores |= caption_scores
+        answer, captions = _caption_answers(language, fields.caption_records)
+        scores |= world_captions(answer, captions, batch=_ANSWER_BATCH)
     metrics.write(config.steps, scores)
-    for name, picture in pictures.items():
+    drawn = pictures(config, trained)
+    for name, picture in drawn.items():
         metrics.write_image(config.steps, name, picture)
         with written_aside(workdir / f"{name}.png") as aside:
             Image.fromarray(picture).save(aside)
-    files = ", ".join(str(workdir / f"{name}.png") for name in pictures)
+    files = ", ".join(str(workdir / f"{name}.png") for name in drawn)
     say(f"model: {workdir / 'model'}, pictures: {files}")
+
+
+def pictures(config: ConfigDict, trained: Trained) -> dict[str, np.ndarray]:
+    """What the parameters see in held-out material, at the sizes of `config.evaluation`: uint8 [height, width, 3] each.
+
+    "features": principal components of the patches, before and after training; "geometry": depth, and "captions":
+    descriptions with boxes, where a task trains them.
+    """
+    fields, geometry, language = config.evaluation, trained.geometry, trained.language
+    drawn = {"features": _features_picture(trained, fields.picture_frames, fields.picture_size)}
+    if geometry is not None:
+        drawn["geometry"] = _geometry_picture(geometry, _heldout_clips(fields))
+    if language is not None:
+        answer, captions = _caption_answers(language, fields.caption_records)
+        drawn["captions"] = described_pictures(answer, captions, min(fields.caption_records, _DESCRIBED))
+    return drawn
+
+
+def _heldout_clips(fields: ConfigDict) -> WorldClips:
+    return WorldClips("heldout", fields.geometry_scenes, frames=fields.picture_frames, size=fields.geometry_size)
 
 
 def _retrieval(model: Model, side: int) -> dict[str, float]:
@@ -148,8 +166,8 @@ def _geometry_picture(model: GeometryModel, clips: WorldClips) -> np.ndarray:
     return np.concatenate([labelled_row(name, tiles) for name, tiles in rows.items()])
 
 
-def _captions(model: LanguageModel, count: int) -> tuple[dict[str, float], np.ndarray]:
-    """Scores of `count` descriptions, boxes and answers each about held-out pictures, and some pictures with them."""
+def _caption_answers(model: LanguageModel, count: int) -> tuple[Callable[..., list[str]], WorldCaptions]:
+    """The model's answers, for evals/world_captions.py, and `count` held-out records of each task to be asked about."""
     captions = WorldCaptions("heldout", count * len(WorldCaptions.TASKS), size=model.size)
 
     def answer(images: np.ndarray, instructions: list[str]) -> list[str]:
@@ -158,5 +176,4 @@ def _captions(model: LanguageModel, count: int) -> tuple[dict[str, float], np.nd
         texts = model.answer(images, instructions + instructions[-1:] * missing, max_tokens=_ANSWER_TOKENS)
         return texts[: len(instructions)]
 
-    scores = world_captions(answer, captions, batch=_ANSWER_BATCH)
-    return scores, described_pictures(answer, captions, min(count, _DESCRIBED))
+    return answer, captions

@@ -377,6 +377,30 @@ def test_a_flipped_bit_is_never_restored_at_100_positions_of_every_file(tmp_path
     assert refused[largest] > 80, refused
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "damage", [cut, os.unlink, lambda path: path.write_bytes(b"")], ids=["cut", "deleted", "empty"]
+)
+def test_whatever_file_is_cut_or_deleted_what_is_restored_is_right(tmp_path, damage):
+    original, refused = tmp_path / "original", 0
+    save_all(original, [1, 2])
+    files = [path.relative_to(original) for path in (original / "2").rglob("*") if path.is_file()]
+    for file in files:
+        copy = tmp_path / "copy"
+        shutil.copytree(original, copy)
+        damage(copy / file)
+        step, state, metadata = restore(copy)
+        assert bits(state) == bits(make_state(step)), file
+        assert metadata == {"loss": step / 4}, file
+        refused += step == 1
+        shutil.rmtree(copy)
+    assert refused > len(files) / 3, "few files matter"
+
+
 def test_a_process_killed_in_a_save_resumes_from_a_whole_checkpoint(tmp_path):
     program = (
         "import sys, itertools, jax.numpy as jnp\n"

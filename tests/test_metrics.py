@@ -101,7 +101,7 @@ def test_the_time_left_follows_the_latest_rate(tmp_path, monkeypatch):
     writer = MetricsWriter(tmp_path, 4000, terminal=terminal)
     for step in range(1, 15):
         writer._terminal.truncate(0)
-        terminal.write(writer._progress(step, {}))
+        terminal.write(writer._progress(step, {}, None))
     assert terminal.getvalue().endswith("| 1.00 steps/s | left 1:06:26")
 
 

@@ -43,6 +43,7 @@ class QuadraticTask:
     weight: float
     target: float
     has_teacher: bool = True
+    micro_batches: int = 1
 
     def loss(self, params, teachers, batch, key):
         difference = params["backbone"]["w"] - self.target * batch["one"]

@@ -6,17 +6,24 @@ and gets bitwise the same batches with any number of workers; with any number of
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.mixture import RecordSource
 from omnistream_jax.data.skipped import SkipCounter, Skips
+from omnistream_jax.data.worker_pool import die_with
+
+_WORKER_DIED = "Worker process was terminated unexpectedly"  # how Grain begins to tell it
+_STEADY_STEPS = 100  # after so many steps without a death, those before are forgotten
 
 
 class TaskData(Protocol):
@@ -42,6 +49,7 @@ def build_pipeline(
     workers: int = 0,
     prefetch: int = 2,
     max_failed_fraction: float = 0.5,
+    max_restarts: int = 3,
 ) -> Pipeline:
     """Builds the endless stream of steps from `start_step` on.
 
@@ -55,26 +63,35 @@ def build_pipeline(
       prefetch: steps made ahead (by each worker); 0, for workers = 0 only, makes each when it is asked for.
       max_failed_fraction: a source stops the run when more than this share of its last 100 draws (of this process)
         could not be used. Up to there a record that cannot be used is skipped: the next of its source takes its place.
+      max_restarts: when a worker dies, all are started anew at the step that is due, and give bitwise the same batches;
+        so often in a row, which 100 steps without a death end.
 
     Raises:
       DataError: an argument does not fit. Drawing a step raises it, naming the source and files, when one fails too
-        often, or none of its records can be used.
+        often, none of its records can be used, or workers die too often.
     """
+    if max_restarts < 0:
+        raise DataError(f"max_restarts: {max_restarts}, expected 0 or more")
     _check(tasks, seed, process_index, process_count, start_step, workers, prefetch)
     skips = SkipCounter(max_failed_fraction)
     datasets = [tasks[name].dataset(_task_seed(seed, name), process_index, process_count) for name in tasks]
     steps = min(len(dataset) for dataset in datasets)  # "endless" datasets are long, not all equally
-    aligned = [dataset[start_step:steps] for dataset in datasets]
-    named = grain.experimental.ZipMapDataset(aligned).map(_Name(tuple(tasks)))
     in_thread = workers == 0 and prefetch > 0
-    stream = named.to_iter_dataset(
-        grain.ReadOptions(num_threads=1 if in_thread else 0, prefetch_buffer_size=prefetch if in_thread else 0)
-    )
-    if workers > 0:
-        if not flags.FLAGS.is_parsed():  # Grain hands its flags to the workers; outside absl.app nobody parses them
-            flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
-    return Pipeline(stream, tasks, start_step, skips)
+    if workers > 0 and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the workers; outside absl.app nobody parses them
+
+    def stream_from(step: int) -> grain.IterDataset:
+        aligned = [dataset[step:steps] for dataset in datasets]
+        named = grain.experimental.ZipMapDataset(aligned).map(_Name(tuple(tasks)))
+        stream = named.to_iter_dataset(
+            grain.ReadOptions(num_threads=1 if in_thread else 0, prefetch_buffer_size=prefetch if in_thread else 0)
+        )
+        if workers == 0:
+            return stream
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        return stream.mp_prefetch(options, worker_init_fn=_begin_worker)
+
+    return Pipeline(stream_from, tasks, start_step, skips, max_restarts)
 
 
 class Pipeline(Iterator[dict[str, Any]]):
@@ -85,14 +102,29 @@ class Pipeline(Iterator[dict[str, Any]]):
       tasks: name -> data of that task.
     """
 
-    def __init__(self, stream: grain.IterDataset, tasks: Mapping[str, TaskData], start_step: int, skips: SkipCounter):
+    def __init__(
+        self,
+        stream_from: Callable[[int], grain.IterDataset],
+        tasks: Mapping[str, TaskData],
+        start_step: int,
+        skips: SkipCounter,
+        max_restarts: int,
+    ):
         self.step = start_step
         self.tasks = dict(tasks)
-        self._skips = skips
-        self._iterator = iter(stream)
+        self._stream_from, self._skips, self._max_restarts = stream_from, skips, max_restarts
+        self._deaths: list[int] = []  # the steps that were due
+        self._iterator = iter(stream_from(start_step))
 
     def __next__(self) -> dict[str, Any]:
-        batches = next(self._iterator)
+        while True:
+            try:
+                batches = next(self._iterator)
+                break
+            except RuntimeError as error:
+                if _WORKER_DIED not in str(error):
+                    raise
+                self._start_anew(str(error))
         self.step += 1
         return {name: self._count(name, dict(batch)) for name, batch in batches.items()}
 
@@ -100,6 +132,20 @@ class Pipeline(Iterator[dict[str, Any]]):
     def skipped(self) -> dict[str, dict[str, int]]:
         """What this process could not use in the steps that were drawn: {source: {reason: samples}}."""
         return self._skips.counts
+
+    def _start_anew(self, problem: str) -> None:
+        if self._deaths and self.step - self._deaths[-1] >= _STEADY_STEPS:
+            self._deaths.clear()
+        self._deaths.append(self.step)
+        problem = f"step {self.step}: a data worker died ({problem.partition('. ')[0]})"
+        if len(self._deaths) > self._max_restarts:
+            raise DataError(
+                f"{problem}, {len(self._deaths)} times in a row: it ran out of memory (fewer loader.workers or less "
+                "loader.prefetch need less), or a codec failed"
+            )
+        logging.warning("%s; starting all anew, %d of %d times", problem, len(self._deaths), self._max_restarts)
+        self._iterator.close()
+        self._iterator = iter(self._stream_from(self.step))
 
     def _count(self, name: str, batch: dict[str, Any]) -> dict[str, Any]:
         skips: Skips = batch.pop("skipped")
@@ -130,6 +176,13 @@ class _Name(grain.transforms.Map):
 
     def map(self, element: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self._names, element, strict=True))
+
+
+def _begin_worker(_index: int, _count: int) -> None:
+    """A worker lives as long as the process that it works for: signals to the whole job are that one's to answer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=die_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
 
 
 def _task_seed(seed: int, name: str) -> int:

@@ -90,7 +90,7 @@ def _died(process: multiprocessing.Process, item: Any) -> DataError:
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     """A worker's life: answers items until the caller hangs up or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends its workers
-    threading.Thread(target=_die_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+    threading.Thread(target=die_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     while True:
         try:
             item = pipe.recv()
@@ -105,6 +105,7 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
         pipe.send(answer)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Ends this process as soon as its parent, of that sentinel, is no more; for a thread of its own."""
     wait([parent])
     os._exit(1)

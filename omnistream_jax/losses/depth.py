@@ -6,10 +6,12 @@ replaced afterwards is still NaN. What lies inside is taken as it is, so that a 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from omnistream_jax.losses.means import Mean, add_means, mean_of
 
 VGGT_LARGEST = 100.0  # VGGT clips every error there
 VGGT_FILTERED_AT_LEAST = 1000  # its quantile filter must leave more pixels than this, or all are kept
@@ -58,11 +60,25 @@ def depth_loss(
     Raises:
         ValueError: shapes that do not fit, a mask that is not bool, or gradient_scales < 1.
     """
+    return add_means(depth_means(prediction, confidence, target, valid, alpha=alpha, gradient_scales=gradient_scales))
+
+
+def depth_means(
+    prediction: jax.Array,
+    confidence: jax.Array,
+    target: jax.Array,
+    valid: jax.Array,
+    *,
+    alpha: float = 0.2,
+    gradient_scales: int = 1,
+) -> list[Mean]:
+    """The means of which `depth_loss` is the sum, for batches that are taken in parts; arguments as there."""
     _check_depth(prediction, confidence, target, valid)
     residual = masked_difference(prediction, target, valid)
     confidence = masked_confidence(confidence, valid)
-    gradient = mean_over_scales(_weighted_differences, gradient_scales, residual, confidence, valid)
-    return masked_mean(weigh(jnp.abs(residual), confidence, alpha), valid) + gradient
+    gradient = at_scales(_weighted_differences, gradient_scales, residual, confidence, valid)
+    own = mean_of(weigh(jnp.abs(residual), confidence, alpha), valid)
+    return [own, *(mean.times(1 / gradient_scales) for mean in gradient)]
 
 
 def vggt_depth_loss(
@@ -176,7 +192,7 @@ def weigh(error: jax.Array, confidence: jax.Array, alpha: float) -> jax.Array:
 
 def masked_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
     """Mean of values [...], finite everywhere, where valid [...]; 0 where nothing is valid."""
-    return jnp.sum(jnp.where(valid, values, 0.0)) / number_of(valid)
+    return add_means([mean_of(values, valid)])
 
 
 def number_of(valid: jax.Array) -> jax.Array:
@@ -208,10 +224,18 @@ def mean_over_scales(measure: Callable[..., jax.Array], scales: int, *maps: jax.
     Raises:
         ValueError: scales < 1.
     """
+    return sum(at_scales(measure, scales, *maps)) / scales
+
+
+def at_scales(measure: Callable[..., Any], scales: int, *maps: jax.Array) -> list[Any]:
+    """measure(*maps) with maps [B, T, H, W, ...] at every 1st, 2nd, ..., 2^(scales-1)th pixel.
+
+    Raises:
+        ValueError: scales < 1.
+    """
     if scales < 1:
         raise ValueError(f"gradient scales: expected at least 1, got {scales}")
-    steps = [2**scale for scale in range(scales)]
-    return sum(measure(*(map_[:, :, ::step, ::step] for map_ in maps)) for step in steps) / scales
+    return [measure(*(map_[:, :, :: 2**scale, :: 2**scale] for map_ in maps)) for scale in range(scales)]
 
 
 def check_map(name: str, array: jax.Array, shape: tuple[int, ...], mask: bool = False) -> None:
@@ -230,10 +254,10 @@ def _check_depth(prediction: jax.Array, confidence: jax.Array, target: jax.Array
     check_map("valid", valid, prediction.shape, mask=True)
 
 
-def _weighted_differences(residual: jax.Array, confidence: jax.Array, valid: jax.Array) -> jax.Array:
+def _weighted_differences(residual: jax.Array, confidence: jax.Array, valid: jax.Array) -> Mean:
     right, below = forward_differences(residual, valid)
     weighted = jnp.sum(confidence[..., :, :-1] * right) + jnp.sum(confidence[..., :-1, :] * below)
-    return weighted / number_of(valid)
+    return Mean(weighted, jnp.sum(valid).astype(jnp.float32))
 
 
 def _below_quantile(values: jax.Array, valid: jax.Array, quantile: float) -> jax.Array:

@@ -23,6 +23,7 @@ from omnistream_jax.losses.depth import (
     pieces_of_enough,
     vggt_regression,
 )
+from omnistream_jax.losses.means import Mean, add_means, mean_of
 from omnistream_jax.losses.normalize import l2_normalize
 
 VGGT_NORMALS_AT_LEAST = 10  # with fewer normals at a scale, that scale adds nothing
@@ -56,6 +57,18 @@ def ray_loss(
     Raises:
         ValueError: shapes that do not fit, or a mask that is not bool.
     """
+    return add_means(ray_means(prediction, target, valid_origin, valid_direction, confidence, alpha))
+
+
+def ray_means(
+    prediction: jax.Array,
+    target: jax.Array,
+    valid_origin: jax.Array,
+    valid_direction: jax.Array,
+    confidence: jax.Array | None = None,
+    alpha: float = 0.2,
+) -> list[Mean]:
+    """The means of which `ray_loss` is the sum, for batches that are taken in parts; arguments as there."""
     _check_vectors(prediction, target, 6)
     cells = prediction.shape[:-1]
     check_map("valid_origin", valid_origin, cells, mask=True)
@@ -63,12 +76,15 @@ def ray_loss(
     origin = vector_norm(masked_difference(prediction[..., :3], target[..., :3], valid_origin))
     direction = vector_norm(masked_difference(prediction[..., 3:], target[..., 3:], valid_direction))
     if confidence is None:
-        return masked_mean(origin, valid_origin) + masked_mean(direction, valid_direction)
+        return [mean_of(origin, valid_origin), mean_of(direction, valid_direction)]
     check_map("confidence", confidence, cells)
     either = valid_origin | valid_direction
     confidence = masked_confidence(confidence, either)
-    weighted = masked_mean(confidence * origin, valid_origin) + masked_mean(confidence * direction, valid_direction)
-    return weighted - alpha * masked_mean(jnp.log(confidence), either)
+    return [
+        mean_of(confidence * origin, valid_origin),
+        mean_of(confidence * direction, valid_direction),
+        mean_of(jnp.log(confidence), either).times(-alpha),
+    ]
 
 
 def point_loss(prediction: jax.Array, target: jax.Array, valid: jax.Array, *, norm: str = "l1") -> jax.Array:
@@ -88,8 +104,13 @@ def point_loss(prediction: jax.Array, target: jax.Array, valid: jax.Array, *, no
     Raises:
         ValueError: shapes that do not fit, a mask that is not bool, or an unknown norm.
     """
+    return add_means(point_means(prediction, target, valid, norm=norm))
+
+
+def point_means(prediction: jax.Array, target: jax.Array, valid: jax.Array, *, norm: str = "l1") -> list[Mean]:
+    """The mean that `point_loss` is, for batches that are taken in parts; arguments as there."""
     _check_points(prediction, target, valid)
-    return masked_mean(vector_norm(masked_difference(prediction, target, valid), norm), valid)
+    return [mean_of(vector_norm(masked_difference(prediction, target, valid), norm), valid)]
 
 
 def camera_loss(
@@ -122,13 +143,27 @@ def camera_loss(
     Raises:
         ValueError: shapes that do not fit, or a mask that is not bool.
     """
+    masks = (translation_valid, rotation_valid, field_valid)
+    return add_means(camera_means(prediction, target, *masks, weights=weights))
+
+
+def camera_means(
+    prediction: jax.Array,
+    target: jax.Array,
+    translation_valid: jax.Array,
+    rotation_valid: jax.Array,
+    field_valid: jax.Array,
+    *,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> list[Mean]:
+    """The means of which `camera_loss` is the sum, for batches that are taken in parts; arguments as there."""
     _check_cameras("prediction", prediction, target)
     masks = {"translation_valid": translation_valid, "rotation_valid": rotation_valid, "field_valid": field_valid}
     for name, mask in masks.items():
         check_map(name, mask, prediction.shape[:-1], mask=True)
     residuals = _camera_residuals(prediction, target, tuple(masks.values()))
     terms = zip(weights, residuals, masks.values(), strict=True)
-    return sum(weight * masked_mean(vector_norm(residual), mask) for weight, residual, mask in terms)
+    return [mean_of(vector_norm(residual), mask).times(weight) for weight, residual, mask in terms]
 
 
 class CameraPieces(NamedTuple):

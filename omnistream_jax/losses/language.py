@@ -149,7 +149,7 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tu
     at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
     losses = jnp.where(known, log_normaliser - at_target, jnp.nan)
     hits = mask & known & (at_target == highest)
-    return jnp.sum(jnp.where(mask, losses, 0.0), axis=1), jnp.sum(hits, axis=1), log_normaliser
+    return jnp.sum(jnp.where(mask, losses, 0.0), axis=1), jnp.sum(hits, axis=1, dtype=jnp.int32), log_normaliser
 
 
 def _zero_sums(mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from omnistream_jax.models.block import Block, LayerNorm, kernel_init
+from omnistream_jax.models.block import Block, LayerNorm, kernel_init, with_remat
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.ops.attention import attend_cache, attention_path, frame_causal_attention
 from omnistream_jax.ops.cache import BlockCache, frame_slot, write_frame
 from omnistream_jax.ops.images import normalize_frames, patchify
 from omnistream_jax.ops.rope import rope_tables
+from omnistream_jax.sharding import gathered_block
 
 
 @struct.dataclass
@@ -46,14 +47,14 @@ class Backbone(nn.Module):
     Attributes:
         config: sizes and mathematics.
         dtype: of the activations; parameters are float32.
-        remat: recompute each block's activations in the backward pass instead of keeping them.
+        remat: one of models.block.REMAT: what of a block is kept for the backward pass, and not computed again.
         attention: one of ops.attention.ATTENTION_PATHS, or "auto" for the fastest on this process's devices.
         streaming: the parameters are those of `streaming_params`, made for `step`.
     """
 
     config: BackboneConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "auto"
     attention: str = "auto"
     streaming: bool = False
 
@@ -127,13 +128,15 @@ class Backbone(nn.Module):
             return frame_causal_attention(query, key, value, window=window, sinks=sinks, path=path), None
 
         def run_block(x, params):
+            params = gathered_block(params, self.dtype)
             return self._block().apply({"params": params}, x, rope, attend)[0]
 
-        if self.remat:
-            run_block = jax.checkpoint(run_block, prevent_cse=False)  # a scan already keeps the two passes apart
-        elif self.attention_path == "xla":
-            # Products are kept, what is cheap is computed again: 2.6 times less memory, and faster for it (CPU).
-            run_block = jax.checkpoint(run_block, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+        remat = self.remat
+        if remat == "auto":
+            # On a CPU what is cheap is computed again: 2.6 times less memory than "none", and faster for it. Fused
+            # attention is no product, so that "dots" would run it twice.
+            remat = "dots" if self.attention_path == "xla" else "none"
+        run_block = with_remat(run_block, remat)
         tokens, hidden = _scan_blocks(run_block, tokens, self.blocks, layers, self.config.depth)
         return self._output(tokens, hidden, (height, width), camera_token)
 

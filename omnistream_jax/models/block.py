@@ -13,6 +13,10 @@ import jax.numpy as jnp
 
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.ops.rope import apply_rope
+from omnistream_jax.sharding import GATHERED, gathers
+
+REMAT = ("auto", "none", "dots", "block")
+"""What is kept for a block's backward pass: what is fastest, everything, its products, or its input alone."""
 
 # (query, key, value), each [B, T, P, H, D] -> (attended [B, T, P, H, D], carry)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -26,6 +30,23 @@ def kernel_init(config: BackboneConfig) -> nn.initializers.Initializer:
 def exact_gelu(x: jax.Array) -> jax.Array:
     """x Phi(x) with erf, as PyTorch computes it; `nn.gelu` goes through erfc, three times as slow on a CPU."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def with_remat(run_block: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """A block's function that keeps for its backward pass what `remat` says, "none", "dots" or "block".
+
+    Parameters that a mesh splits are kept split, and gathered again (sharding.py): not even "none" keeps them whole.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        if not gathers():
+            return run_block
+        policy = policies.save_anything_except_these_names(GATHERED)
+    elif remat in ("dots", "block"):
+        policy = policies.dots_saveable if remat == "dots" else None
+    else:
+        raise ValueError(f"remat: expected one of {', '.join(REMAT)}, got {remat!r}")
+    return jax.checkpoint(run_block, prevent_cse=False, policy=policy)  # a scan already keeps the two passes apart
 
 
 class LayerNorm(nn.Module):

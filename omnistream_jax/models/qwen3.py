@@ -25,9 +25,10 @@ import numpy as np
 from flax import struct
 
 from omnistream_jax.models.backbone import split_kernels, streaming_params
-from omnistream_jax.models.block import Attend
+from omnistream_jax.models.block import Attend, with_remat
 from omnistream_jax.ops.attention import segment_attention
 from omnistream_jax.ops.rope import apply_rope
+from omnistream_jax.sharding import gathered_block
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
 
@@ -187,13 +188,14 @@ class Qwen3(nn.Module):
         config: sizes and mathematics.
         dtype: of the products and of the cache; parameters, the sum that runs through the blocks, norms, softmax
             and logits are float32.
-        remat: recompute each block's activations in the backward pass instead of keeping them.
+        remat: one of models.block.REMAT: what of a block is kept for the backward pass, and not computed again; "auto"
+            is "dots", as in models/backbone.py.
         decoding: the parameters are those of `decoding_params`, made for calls with a cache.
     """
 
     config: Qwen3Config
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "auto"
     decoding: bool = False
 
     def setup(self):
@@ -265,11 +267,10 @@ class Qwen3(nn.Module):
             return segment_attention(query, key, value, segments, segments), None
 
         def run_block(x, params):
+            params = gathered_block(params, self.dtype)
             return self._block().apply({"params": params}, x, rope, attend)[0], None
 
-        # Without remat, products are kept and what is cheap is computed again, as in models/backbone.py.
-        policy = None if self.remat else jax.checkpoint_policies.dots_saveable
-        run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
+        run_block = with_remat(run_block, "dots" if self.remat == "auto" else self.remat)
         return jax.lax.scan(run_block, x, self.blocks)[0]
 
     def _run_cached(self, x, rope, segments, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from omnistream_jax.sharding import on_each_device
+
 _LANES = 128  # sequence lengths and blocks are multiples of it
 _BLOCK = 512
 
@@ -45,7 +47,17 @@ def splash_frame_causal(
     sinks: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
-    """Frame-causal attention of a clip [B, T, P, H, D] in one kernel; `interpret` runs it on a CPU, for tests."""
+    """Frame-causal attention of a clip [B, T, P, H, D] in one kernel; `interpret` runs it on a CPU, for tests.
+
+    XLA cannot split the kernel over a mesh: each device runs it on its own clips and heads.
+    """
+    options = {"window": window, "sinks": sinks, "interpret": interpret}
+    return on_each_device(functools.partial(_attend, **options), 3)(query, key, value)
+
+
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, window: int | None, sinks: int, interpret: bool
+) -> jax.Array:
     batch, frames, tokens, heads, width = query.shape
     length = frames * tokens
     padded = -(-length // _LANES) * _LANES

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from omnistream_jax.config import ConfigError
 from omnistream_jax.models.backbone import Backbone, default_dtype
+from omnistream_jax.models.block import REMAT
 from omnistream_jax.models.presets import BackboneConfig, preset
 from omnistream_jax.optim import Optimizer, TeacherSchedule
 from omnistream_jax.tasks.build_caption import build_caption, check_language
@@ -30,6 +31,7 @@ def build_backbone(config: ConfigDict) -> Backbone:
     sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), **changes)
     if model.dtype not in ("auto", *_DTYPES):
         raise ConfigError(f"model.dtype: expected auto, {' or '.join(_DTYPES)}, got {model.dtype!r}")
+    require(model.remat in REMAT, "model.remat", model.remat, " or ".join(REMAT))
     dtype = default_dtype() if model.dtype == "auto" else _DTYPES[model.dtype]
     return Backbone(sizes, dtype=dtype, remat=model.remat)
 

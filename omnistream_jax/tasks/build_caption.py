@@ -22,7 +22,7 @@ def check_language(fields: ConfigDict) -> None:
 def build_caption(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backbone) -> CaptionTask:
     """The task `name` of `config.tasks`, of kind "captioned"; arguments as of `build_self_supervision`."""
     shared, patch = config.language, backbone.config.patch_size
-    require_whole_batches(name, fields)
+    require_whole_batches(name, fields, config.mesh)
     fits = fields.size >= patch and fields.size % patch == 0
     require(fits, f"tasks.{name}.size", fields.size, f"a multiple of {patch}")
     chat = _chat(config)
@@ -49,6 +49,7 @@ def build_caption(name: str, fields: ConfigDict, config: ConfigDict, backbone: B
         decoder=decoder,
         chunk=shared.chunk,
         kernel_std=shared.kernel_std,
+        micro_batches=fields.micro_batches,
     )
 
 

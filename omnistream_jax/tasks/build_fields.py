@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from omnistream_jax.config import ConfigError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.registry import ENTRIES, open_dataset
 from omnistream_jax.data.sources import embedded_source, image_source, video_source
+from omnistream_jax.sharding import mesh_sizes
 
 EMBEDDED = "embedded"
 KINDS = {"image": "images", "clip": "videos", "posed": "posed", "captioned": "captions"}
@@ -29,11 +29,22 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
         raise ConfigError(f"{field}: expected {expected}, got {value!r}")
 
 
-def require_whole_batches(name: str, fields: ConfigDict) -> None:
-    """Raises ConfigError unless every device gets equally many samples of a task."""
-    devices = jax.device_count()
-    whole = fields.batch_size >= 1 and fields.batch_size % devices == 0
-    require(whole, f"tasks.{name}.batch_size", fields.batch_size, f"a multiple of the {devices} devices")
+def require_whole_batches(name: str, fields: ConfigDict, mesh: ConfigDict) -> None:
+    """Raises ConfigError unless every device gets equally many samples of each of a task's micro-batches.
+
+    Args:
+        name, fields: of the task.
+        mesh: `config.mesh`; its axes "data" and "fsdp" split batches.
+    """
+    sizes = mesh_sizes(**mesh)
+    shards = sizes["data"] * sizes["fsdp"]
+    whole = fields.batch_size >= 1 and fields.batch_size % shards == 0
+    expected = f"a multiple of the {shards} parts into which mesh.data x mesh.fsdp split it"
+    require(whole, f"tasks.{name}.batch_size", fields.batch_size, expected)
+    own = fields.batch_size // shards
+    divides = fields.micro_batches >= 1 and own % fields.micro_batches == 0
+    expected = f"a divisor of the {own} samples of a device"
+    require(divides, f"tasks.{name}.micro_batches", fields.micro_batches, expected)
 
 
 def open_sources(name: str, fields: ConfigDict) -> tuple[tuple[Any, ...], tuple[float, ...] | None]:

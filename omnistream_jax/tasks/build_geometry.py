@@ -25,7 +25,7 @@ def check_geometry(fields: ConfigDict) -> None:
 def build_geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backbone) -> GeometryTask:
     """The task `name` of `config.tasks`, of kind "posed"; arguments as of `build_self_supervision`."""
     shared, sizes = config.geometry, backbone.config
-    require_whole_batches(name, fields)
+    require_whole_batches(name, fields, config.mesh)
     for side in ("height", "width"):
         fits = fields[side] >= sizes.patch_size and fields[side] % sizes.patch_size == 0
         require(fits, f"tasks.{name}.{side}", fields[side], f"a multiple of {sizes.patch_size}")
@@ -67,5 +67,6 @@ def build_geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: 
             rope_jitter=shared.rope_jitter,
             **{f"{term}_weight": weight for term, weight in shared.weights.items()},
         ),
-        remat=config.model.remat,
+        remat=config.model.remat == "block",
+        micro_batches=fields.micro_batches,
     )

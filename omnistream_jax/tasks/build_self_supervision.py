@@ -13,7 +13,8 @@ from omnistream_jax.tasks.self_supervision import SelfSupervisionSettings, SelfS
 def gram_snapshots(config: ConfigDict) -> tuple[int, ...]:
     """After how many updates the Gram teacher becomes a copy of the EMA teacher; () with pre-trained weights."""
     gram = config.self_supervision.gram
-    if gram.backbone or config.init.backbone:
+    init = config.init
+    if gram.backbone or init.backbone or (init.weights and "backbone" in (init.parts or ("backbone",))):
         return ()
     if gram.snapshot_every == 0:
         return (gram.first_snapshot,)
@@ -52,7 +53,9 @@ def build_self_supervision(
     # KoLeo needs a neighbour, and DINO compares local crops with global ones.
     require(fields.batch_size >= 2, f"tasks.{name}.batch_size", fields.batch_size, "2 or more")
     require(fields.local_crops >= 1, f"tasks.{name}.local_crops", fields.local_crops, "1 or more")
-    require_whole_batches(name, fields)
+    one = "1, for this loss compares the samples of its whole batch"
+    require(fields.micro_batches == 1, f"tasks.{name}.micro_batches", fields.micro_batches, one)
+    require_whole_batches(name, fields, config.mesh)
     snapshots = gram_snapshots(config)
     settings = SelfSupervisionSettings(
         student_temperature=shared.student_temperature,

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 
 from omnistream_jax.data.captions import CaptionData
 from omnistream_jax.losses.language import language_loss
+from omnistream_jax.losses.means import Mean
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.projector import Projector
 from omnistream_jax.models.qwen3 import Qwen3, init_decoder, output_matrix
+from omnistream_jax.sharding import batch_shards
 from omnistream_jax.tasks.task import Params, Teachers
 from omnistream_jax.utils.trees import leaf_name
 
@@ -40,6 +42,7 @@ class CaptionTask:
         chunk: tokens of a device whose logits are held at once, see `losses/language.py`.
         kernel_std: standard deviation of the projector's and the decoder's kernels at initialisation; the decoder's
             embedding keeps its own.
+        micro_batches: as of every task; the mean stays that over all tokens of the whole batch.
     """
 
     name: str
@@ -51,6 +54,7 @@ class CaptionTask:
     chunk: int = 256
     kernel_std: float = _KERNEL_STD
     has_teacher: bool = False
+    micro_batches: int = 1
 
     @property
     def heads(self) -> Mapping[str, Callable[[jax.Array], Params]]:
@@ -69,19 +73,31 @@ class CaptionTask:
         Metrics: "caption", the same; "token_accuracy", the share of these tokens that are the likeliest ones; and
         "answers_cut", the share of the answers that were longer than their room.
         """
-        tokens, segment, learned = batch["tokens"], batch["segment"], batch["target_mask"]
+        tokens, segment = batch["tokens"], batch["segment"]
         hidden = self._hidden(params, self._visual_tokens(params, batch["image"]), tokens, segment, batch["position"])
-        # A token is predicted by the one before it in its text. The first of a text, which has none, is a prompt's.
-        learned = learned[:, 1:] & (segment[:, 1:] == segment[:, :-1])
         loss, accuracy = language_loss(
             hidden[:, :-1],
             output_matrix(params[DECODER], self.decoder.config),
             tokens[:, 1:],
-            learned,
+            _learned(batch),
             chunk=self.chunk,
-            shards=jax.device_count(),
+            shards=batch_shards(),
         )
         return loss, {"caption": loss, "token_accuracy": accuracy, "answers_cut": batch["cut"].mean()}
+
+    def means(
+        self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> dict[str, list[Mean]]:
+        """The loss and its metrics as means, over the answers' tokens or over the answers; see `Task.means`."""
+        loss, metrics = self.loss(params, teachers, batch, key)
+        counts = {"answers_cut": batch["cut"].size}
+        learned = _learned(batch).sum()
+
+        def mean(name: str, value: jax.Array) -> list[Mean]:
+            count = jnp.asarray(counts.get(name, learned), jnp.float32)
+            return [Mean(value * count, count)]
+
+        return {name: mean(name, value) for name, value in {"loss": loss, **metrics}.items()}
 
     def _visual_tokens(self, params: Params, images: jax.Array) -> jax.Array:
         """Images [B, K, S, S, 3], each a clip of one frame -> [B, K, P, D]."""
@@ -112,3 +128,12 @@ class CaptionTask:
             return leaf * (self.kernel_std / _KERNEL_STD) if leaf_name(path).endswith("kernel") else leaf
 
         return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _learned(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Which tokens but the first of a row are to be told, bool [B, L - 1].
+
+    A token is predicted by the one before it in its text. The first of a text, which has none, is a prompt's.
+    """
+    segment = batch["segment"]
+    return batch["target_mask"][:, 1:] & (segment[:, 1:] == segment[:, :-1])

@@ -14,8 +14,9 @@ from omnistream_jax.data.posed import PosedData
 from omnistream_jax.geometry.cameras import encode_camera
 from omnistream_jax.geometry.normalize import NormalizedClip, normalize_clip, scale_translations
 from omnistream_jax.geometry.rays import points_from_rays, ray_map
-from omnistream_jax.losses.depth import depth_loss
-from omnistream_jax.losses.geometry import camera_loss, point_loss, ray_loss
+from omnistream_jax.losses.depth import depth_means
+from omnistream_jax.losses.geometry import camera_means, point_means, ray_means
+from omnistream_jax.losses.means import Mean, add_means, mean_of
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.geometry import GeometryHeads, GeometryPrediction
 from omnistream_jax.ops.rope import random_scale
@@ -58,6 +59,7 @@ class GeometryTask:
         geometry_heads: what is trained on top.
         settings: constants of the loss.
         remat: compute the heads' activations again in the backward pass.
+        micro_batches: as of every task; its means over valid pixels, cells and frames stay those of the whole batch.
     """
 
     name: str
@@ -68,6 +70,7 @@ class GeometryTask:
     settings: GeometrySettings
     remat: bool = False
     has_teacher: bool = False
+    micro_batches: int = 1
 
     @property
     def heads(self) -> Mapping[str, Callable[[jax.Array], Params]]:
@@ -78,10 +81,17 @@ class GeometryTask:
         self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The weighted sum of the terms, and each term; see `Task.loss` and `data/schema.py:PosedBatch`."""
+        metrics = {name: add_means(terms) for name, terms in self.means(params, teachers, batch, key).items()}
+        return metrics.pop("loss"), metrics
+
+    def means(
+        self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> dict[str, list[Mean]]:
+        """The loss and its metrics as means over the batch; see `Task.means`."""
         prediction = self._predict(params, batch["frames"], key)
         target = geometry_target(batch, prediction.rays.shape[2:4], self.geometry_heads.config.units)
         settings = self.settings
-        depth = depth_loss(
+        depth = depth_means(
             prediction.depth,
             prediction.depth_confidence,
             target.depth,
@@ -89,7 +99,7 @@ class GeometryTask:
             alpha=settings.alpha,
             gradient_scales=settings.gradient_scales,
         )
-        rays = ray_loss(
+        rays = ray_means(
             prediction.rays,
             target.rays,
             _at_cells(target.place_valid, target.rays),
@@ -97,26 +107,19 @@ class GeometryTask:
             confidence=prediction.ray_confidence if settings.ray_confidence else None,
             alpha=settings.alpha,
         )
-        points = point_loss(
+        points = point_means(
             points_from_rays(_resized(prediction.rays, *target.depth.shape[2:]), prediction.depth),
             target.points,
             target.depth_valid & target.pose_valid[..., None, None],
             norm=settings.point_norm,
         )
         everywhere = jnp.ones_like(target.pose_valid)
-        camera = camera_loss(prediction.camera, target.camera, target.place_valid, target.pose_valid, everywhere)
+        camera = camera_means(prediction.camera, target.camera, target.place_valid, target.pose_valid, everywhere)
         error = jnp.abs(prediction.depth - target.depth) / jnp.where(target.depth_valid, target.depth, 1.0)
-        count = jnp.maximum(target.depth_valid.sum(), 1)
-        metrics = {
-            "depth": depth,
-            "rays": rays,
-            "points": points,
-            "camera": camera,
-            "depth_abs_rel": jnp.where(target.depth_valid, error, 0.0).sum() / count,
-        }
-        terms = (depth, rays, points, camera)
+        terms = {"depth": depth, "rays": rays, "points": points, "camera": camera}
         weights = (settings.depth_weight, settings.ray_weight, settings.point_weight, settings.camera_weight)
-        return sum(weight * term for weight, term in zip(weights, terms, strict=True)), metrics
+        loss = [mean.times(weight) for weight, means in zip(weights, terms.values(), strict=True) for mean in means]
+        return {"loss": loss, **terms, "depth_abs_rel": [mean_of(error, target.depth_valid)]}
 
     def _predict(self, params: Params, frames: jax.Array, key: jax.Array) -> GeometryPrediction:
         height, width = frames.shape[2:4]

@@ -7,6 +7,7 @@ Letters: B samples, G = 2 global and L local crops, T frames, N = h * w patches,
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,7 @@ class SelfSupervisionTask:
     settings: SelfSupervisionSettings
     gram_backbone: Backbone | None = None
     has_teacher: bool = True
+    micro_batches: ClassVar[int] = 1  # Sinkhorn-Knopp and KoLeo compare the samples of the whole batch
 
     @property
     def heads(self) -> Mapping[str, Callable[[jax.Array], Params]]:

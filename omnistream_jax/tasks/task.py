@@ -1,12 +1,13 @@
 """What a pre-training task is: a name, a weight, a loss and its data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from flax import struct
 
 from omnistream_jax.data.pipeline import TaskData
+from omnistream_jax.losses.means import Mean
 
 Params = Mapping[str, Any]
 
@@ -36,6 +37,8 @@ class Task(Protocol):
         heads: name -> initialiser (key -> parameters) of the modules that it trains beside the backbone; tasks that
             give the same name share that module.
         has_teacher: whether the loss reads `teachers.ema`.
+        micro_batches: parts of a batch that are visited one after the other, for less memory; 1 for a loss that
+            compares the samples of a batch with each other, which no sum of parts equals.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Task(Protocol):
     data: TaskData
     heads: Mapping[str, Callable[[jax.Array], Params]]
     has_teacher: bool
+    micro_batches: int
 
     def loss(
         self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
@@ -54,4 +58,12 @@ class Task(Protocol):
             teachers: what it may read besides.
             batch: the global batch of this step, the arrays of `data` without "record".
             key: randomness of this step and task.
+        """
+
+    def means(
+        self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> Mapping[str, Sequence[Mean]]:
+        """The loss, as "loss", and the metrics of `loss`, each a sum of means over the batch.
+
+        Counts depend on the batch alone. Called only where `micro_batches` is more than 1, with a micro-batch.
         """

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: a line on the terminal, metrics.jsonl, TensorBoard."""
 
+import errno
 import json
 import math
 import os
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
+from omnistream_jax.utils.board import Board
 from omnistream_jax.utils.files import written_aside
+from omnistream_jax.utils.speed import Speed
 
 _RATE_WRITES = 10  # the rate of steps is that of the latest writes, so that compilation is soon forgotten
 
@@ -47,22 +49,26 @@ class MetricsWriter:
         path = Path(workdir) / "metrics.jsonl"
         _truncate(path, restored_step)
         self._lines = path.open("ab", buffering=0)
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=restored_step + 1)
+        self._board = Board(Path(workdir) / "tensorboard", purge_step=restored_step + 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One step's values, by name; a value that is not finite stands as null in metrics.jsonl."""
-        values = {name: float(values[name]) for name in sorted(values)}
+    def write(self, step: int, values: Mapping[str, float], speed: Speed | None = None) -> None:
+        """One step's values, by name, and how fast the steps since the last line were.
+
+        A value that is not finite stands as null in metrics.jsonl.
+        """
+        measured = {} if speed is None else speed.values()
+        values = {name: float(value) for name, value in sorted({**values, **measured}.items())}
         self._write_line({"step": step} | {name: _json_number(value) for name, value in values.items()})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._terminal.write(self._progress(step, values) + "\n")
+        self._terminal.write(self._progress(step, values, speed) + "\n")
         self._terminal.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture for TensorBoard: uint8 [height, width, 3]. Raises ValueError for any other array."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(f"image {name!r} must be uint8 [height, width, 3], got {image.dtype} {image.shape}")
-        self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.add_image(name, image, step)
 
     def close(self) -> None:
         """Hands everything to the files; nothing can be written afterwards."""
@@ -82,10 +88,11 @@ class MetricsWriter:
         written = self._lines.write(line)
         if written != len(line):
             os.ftruncate(self._lines.fileno(), size)
-            raise OSError(f"{self._lines.name}: {written} of {len(line)} bytes could be written: is the disk full?")
+            problem = f"{written} of {len(line)} bytes could be written: is the disk full?"
+            raise OSError(errno.ENOSPC, problem, self._lines.name)
 
-    def _progress(self, step: int, values: Mapping[str, float]) -> str:
-        """ "step 40/200 20% | 1.52 steps/s | left 1:45 | total 3.214 | dino_global 9.87"."""
+    def _progress(self, step: int, values: Mapping[str, float], speed: Speed | None) -> str:
+        """ "step 40/200 20% | 1.52 steps/s | left 1:45 | 61 images/s | data 3%, device 97% | loss 3.214"."""
         first_step, first_time = self._times[0]
         self._times.append((step, time.monotonic()))
         rate = (step - first_step) / max(self._times[-1][1] - first_time, 1e-9)
@@ -94,6 +101,8 @@ class MetricsWriter:
         if rate > 0:
             left = _duration((self._total_steps - step) / rate)
             parts += [f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.2f} s/step", f"left {left}"]
+        if speed is not None:
+            parts.append(str(speed))
         names = values if self._terminal_names is None else self._terminal_names
         return " | ".join(parts + [f"{name} {values[name]:.4g}" for name in names if name in values])
 
