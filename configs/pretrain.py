@@ -7,6 +7,7 @@
                 runs/quickstart.
 learn           What is learned of geometry from the rendered scenes in a quarter of an hour on 2 cores: scores on
                 held-out scenes in the last line of runs/learn/metrics.jsonl.
+learn_captions  The same of descriptions, boxes and answers about rendered pictures.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from all that stage 1 has trained:
                 --config.init.weights=runs/stage1 --config.self_supervision.gram.backbone=DINOV3_DIR
@@ -25,13 +26,17 @@ The paper's recipes need data and, as in the paper, DINOv3's and Qwen3-0.6B's we
     --config.init.backbone=DIR                     DINOv3 in the Hugging Face layout, or one of our exports
     --config.init.decoder=DIR                      Qwen3-0.6B in the Hugging Face layout, with its tokenizer
 
+What a run would need elsewhere, without data or the devices (docs/plans.md):
+
+    --config.job=plan --config.topology=h100:64    or v5e:16x16, ...
+
 They train self-supervision, streaming geometry and vision-language alignment. A task of weight 0 is left out.
 Batches are split over all devices; running the same command again goes on from the last checkpoint.
 """
 
 from ml_collections import ConfigDict
 
-RECIPES = ("", "learn", "stage1", "stage2")
+RECIPES = ("", "learn", "learn_captions", "stage1", "stage2")
 # name -> the task that is left out
 ABLATIONS = {"no_video": "clip_ssl", "no_geometry": "clip_geometry", "no_caption": "caption"}
 
@@ -50,6 +55,8 @@ def get_config(recipe: str = "") -> ConfigDict:
         _second_stage(config)
     elif recipe == "learn":
         _learn(config)
+    elif recipe == "learn_captions":
+        _learn_captions(config)
     elif recipe == "":
         _quick_start(config)
     for part in without:
@@ -61,6 +68,9 @@ def get_config(recipe: str = "") -> ConfigDict:
 def _paper() -> ConfigDict:
     config = ConfigDict()
     config.job = "train"
+    # Of job "plan", which compiles every program of a step for devices that are not here, and tells what they need:
+    # h100:64 (also h200, a100), v5e:16x16 (also v6e; v5p:4x4x8) or cpu:8 (topology.py). No data, no weights.
+    config.topology = ""
     config.name = "stage1"  # without --workdir the run lies in runs/NAME
     config.seed = 0
     config.steps = 60_000
@@ -322,3 +332,18 @@ def _learn(config: ConfigDict) -> None:
     config.log_every = 50
     config.checkpoint.every = 500
     config.evaluation.update({"geometry_scenes": 96, "geometry_size": 32})
+
+
+def _learn_captions(config: ConfigDict) -> None:
+    _learn(config)
+    config.name = "learn_captions"
+    config.steps = 8_000
+    config.tasks.clip_geometry.weight = 0.0
+    # At full speed the backbone loses its first features in the noise of what cannot be foretold yet, before the
+    # decoder has learned to look.
+    config.optimizer.update({"beta2": 0.99, "factors": (("backbone", 0.1), ("projector", 0.3))})
+    config.language.decoder.depth = 2
+    config.tasks.caption.update({"batch_size": 8, "captions_per_row": 1, "max_tokens": 96, "size": 48, "weight": 1.0})
+    config.log_every = 100
+    config.checkpoint.every = 2_000
+    config.evaluation.caption_records = 96

@@ -81,10 +81,10 @@ def test_the_sources_of_table_1_are_all_there():
 
 
 def test_the_world_needs_no_folder():
-    assert open_dataset("world", "train") == WorldClips("train", 20_000)
+    assert open_dataset("world", "train") == WorldClips("train", 200_000)
     assert open_dataset("world", "heldout", length=3, frames=4, size=32, seed=5) == WorldClips("heldout", 3, 4, 32, 5)
     assert open_dataset("world_videos", "heldout", "heldout") == WorldVideos("heldout", 500)
-    assert open_dataset("world_captions", "train", size=64) == WorldCaptions("train", 20_000, size=64)
+    assert open_dataset("world_captions", "train", size=64) == WorldCaptions("train", 200_000, size=64)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def _clip_task(**changes) -> ConfigDict:
 
 def test_a_task_of_clips_takes_the_world_by_name():
     data = build._data("clips", _clip_task(), 16, 0)
-    assert data.sources == (WorldVideos("train", 20_000, short_side=24, frame_rate=4.0),)
+    assert data.sources == (WorldVideos("train", 200_000, short_side=24, frame_rate=4.0),)
     batch = data.dataset(0, 0, 1)[0]
     assert batch["global_crops"].shape == (2, 2, 4, 32, 32, 3)
     assert np.std(batch["global_crops"]) > 10

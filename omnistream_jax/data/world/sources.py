@@ -25,7 +25,7 @@ from omnistream_jax.data.world.scenes import Scene, build_scene, motion_of
 
 FRAMES_PER_SECOND = 8.0
 MIN_SIZE, MAX_SIZE = 16, 1024
-LENGTHS = {"train": 20_000, "heldout": 500}
+LENGTHS = {"train": 200_000, "heldout": 500}
 """Scenes of a split, where nothing else is asked for."""
 
 
