@@ -20,7 +20,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
-from omnistream_jax import distributed, evaluate, extract, launcher, live, train
+from omnistream_jax import distributed, evaluate, extract, launcher, live, plan, train
 from omnistream_jax.checkpoint import CheckpointError
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
@@ -110,12 +110,19 @@ def _evaluate(config: ConfigDict, launch: Launch | None) -> int:
     return evaluate.evaluate(config)
 
 
+def _plan(config: ConfigDict, launch: Launch | None) -> None:
+    if WORKDIR.present:
+        raise ConfigError("workdir: a plan writes nothing but to the terminal")
+    _alone("plan", launch)
+    plan.plan(config)
+
+
 def _alone(job: str, launch: Launch | None) -> None:
     if launch is not None and launch.count not in (None, 1):
         raise ConfigError(f"job {job}: works in one process, got {launch.count} by {launch.launcher}")
 
 
-JOBS = {"train": _train, "extract": _extract, "stream": _stream, "evaluate": _evaluate}
+JOBS = {"train": _train, "extract": _extract, "stream": _stream, "evaluate": _evaluate, "plan": _plan}
 
 if __name__ == "__main__":
     with distributed.ending_all_on_failure():

@@ -22,11 +22,15 @@ WORK = {"step", "optim", "sharding", "checkpoint", "config", "tasks", "evals", "
 # main -> train | evaluate | extract | live -> step, tasks, evals, model -> models, losses -> ops, geometry.
 ALLOWED = {
     "__init__": {"model", "geometry_model", "language_model"},
-    "main": {"train", "evaluate", "extract", "live", "launcher", "distributed"} | WORK,
+    "main": {"train", "evaluate", "extract", "live", "plan", "launcher", "distributed"} | WORK,
     "train": {"build", "report", "watch", "flops", "programs", "profiling", "faults", "preemption"} | WORK,
     "faults": {"checkpoint"} | SUPPORT,
     "preemption": SUPPORT,
     "weights": {"checkpoint", "convert", "config"} | SUPPORT,
+    "plan": {"plan_report", "roofline", "topology", "flops", "programs"} | WORK,
+    "plan_report": {"programs", "roofline", "topology"} | SUPPORT,
+    "roofline": {"topology", "sharding"} | SUPPORT,
+    "topology": {"config", "sharding"} | SUPPORT,
     "launcher": {"config"} | SUPPORT,
     "distributed": {"launcher", "config"} | SUPPORT,
     "watch": {"flops", "tasks"} | SUPPORT,
