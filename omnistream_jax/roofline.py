@@ -21,6 +21,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_LISTS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _TPU_REDUCE_SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice, which sends what a scatter does
 
@@ -89,12 +91,12 @@ def read_messages(program: str, devices: int) -> Messages:
             if opcode.removesuffix("-start") in KINDS:
                 continue  # what it calls adds two numbers, or is itself again
             called = [*_CALLED.findall(line), *_names(_CALLED_LISTS.findall(line))]
-            trips = _TRIPS.search(line) if opcode == "while" else None
-            if opcode == "while" and trips is None and any(_sends(computations, name) for name in called):
+            trips = _trips(computations, line) if opcode == "while" else 1
+            if trips is None and any(_sends(computations, inner) for inner in called):
                 unknown += 1
             for inner in called:
                 if inner in computations:
-                    visit(inner, times * (int(trips[1]) if trips else 1))
+                    visit(inner, times * (trips or 1))
 
     visit(entry, 1)
     found = []
@@ -119,6 +121,16 @@ def _computations(program: str) -> tuple[dict[str, list[tuple[str, str, str]]], 
     if entry is None:
         raise ValueError("the program's text has no ENTRY")
     return computations, entry
+
+
+def _trips(computations: Mapping[str, list[tuple[str, str, str]]], line: str) -> int | None:
+    """How often a loop runs: as XLA tells, or, since it does not on a TPU, to where its condition counts from 0."""
+    if told := _TRIPS.search(line):
+        return int(told[1])
+    condition = computations.get(_CONDITION.search(line)[1], [])
+    limits = [limit for text, opcode, _ in condition if opcode == "constant" for limit in _CONSTANT.findall(text)]
+    counts = any(opcode == "compare" and "direction=LT" in text for text, opcode, _ in condition)
+    return int(limits[0]) if counts and len(limits) == 1 else None
 
 
 def _names(lists: Iterable[str]) -> list[str]:

@@ -117,6 +117,14 @@ def test_a_loop_of_unknown_length_that_sends_is_told():
     assert read_messages(PROGRAM_TEXT, 8).unknown_loops == 0
 
 
+def test_a_loop_runs_as_often_as_its_condition_counts_where_a_tpu_tells_no_more():
+    text = PROGRAM_TEXT.replace(', backend_config={"known_trip_count":{"n":"24"}}', "")
+    text = text.replace("  ROOT %less =", "  %n = s32[]{:T(128)} constant(12)\n  ROOT %less =")
+    found = read_messages(text, 8)
+    assert found.by_kind()["all-gather"][0] == 12
+    assert found.unknown_loops == 0
+
+
 def test_links_within_a_host_along_a_host_s_adapters_and_around_a_torus():
     hosts = types.SimpleNamespace(
         devices=np.array([types.SimpleNamespace(process_index=index // 8) for index in range(16)])
