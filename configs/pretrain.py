@@ -7,7 +7,7 @@
                 runs/quickstart.
 learn           What is learned of geometry from the rendered scenes in a quarter of an hour on 2 cores: scores on
                 held-out scenes in the last line of runs/learn/metrics.jsonl.
-learn_captions  The same of descriptions, boxes and answers about rendered pictures.
+learn_captions  The same of descriptions, boxes and answers about rendered pictures; not yet run to its end.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from all that stage 1 has trained:
                 --config.init.weights=runs/stage1 --config.self_supervision.gram.backbone=DINOV3_DIR
@@ -339,8 +339,7 @@ def _learn_captions(config: ConfigDict) -> None:
     config.name = "learn_captions"
     config.steps = 8_000
     config.tasks.clip_geometry.weight = 0.0
-    # At full speed the backbone loses its first features in the noise of what cannot be foretold yet, before the
-    # decoder has learned to look.
+    # With the backbone at full rate the decoder made no use of pictures in 2,500 such steps, at a twentieth it did.
     config.optimizer.update({"beta2": 0.99, "factors": (("backbone", 0.1), ("projector", 0.3))})
     config.language.decoder.depth = 2
     config.tasks.caption.update({"batch_size": 8, "captions_per_row": 1, "max_tokens": 96, "size": 48, "weight": 1.0})

@@ -21,7 +21,7 @@ from omnistream_jax.models.qwen3 import Qwen3Config
 from omnistream_jax.optim import Optimizer
 from omnistream_jax.sharding import host_copy, make_mesh, put_on_mesh, state_shardings
 from omnistream_jax.step import TrainState, init_params, init_state
-from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks
+from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, trains, trains_gram
 from omnistream_jax.tasks.caption import DECODER, CaptionTask
 from omnistream_jax.tasks.task import Params, Task
 from omnistream_jax.weights import find_checkpoint, restore_weights, taken_parts
@@ -71,7 +71,7 @@ def build(config: ConfigDict) -> Run:
         mesh = make_mesh(**config.mesh)
         backbone, optimizer = build_backbone(config), build_optimizer(config)
         gram = None
-        if config.self_supervision.gram.weight != 0 and _trains(config, "image"):
+        if trains_gram(config):
             gram = backbone.config if gram_weights is None else gram_config(gram_weights)
         tasks = build_tasks(config, backbone, gram)
     except ValueError as error:
@@ -100,13 +100,9 @@ def build(config: ConfigDict) -> Run:
 def _read_decoder(config: ConfigDict) -> tuple[Qwen3Config, Params] | None:
     if not config.init.decoder:
         return None
-    if not _trains(config, "captioned"):
+    if not trains(config, "captioned"):
         raise config_lib.ConfigError("init.decoder: no task trains a decoder; expected none")
     return load_decoder(config.init.decoder)
-
-
-def _trains(config: ConfigDict, kind: str) -> bool:
-    return any(fields.kind == kind and fields.weight != 0 for fields in config.tasks.values())
 
 
 def _initial_decoder(weights: tuple[Qwen3Config, Params], tasks: Sequence[Task]) -> Params:

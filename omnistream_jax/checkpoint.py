@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -279,9 +279,9 @@ class Checkpoints:
         path = self.directory / str(step)
         record = _read_record(path, step)
         wanted = {name: _with_sharding(leaf) for name, leaf in named_leaves(abstract_state).items()}
-        differences = _differences(record["leaves"], wanted, partial)
-        if differences:
-            problem = "\n  ".join([f"checkpoint {path} does not fit this run:", *differences])
+        unlike = differences(record["leaves"], wanted, partial=partial)
+        if unlike:
+            problem = "\n  ".join([f"checkpoint {path} does not fit this run:", *unlike])
             raise CheckpointMismatchError(problem)
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
@@ -403,8 +403,14 @@ def _commit_file_stands(path: Path) -> bool:
     return (path / _COMMIT_FILE).exists() or not (path / _ITEM / _COMMIT_FILE).exists()
 
 
-def _differences(stored: dict[str, str], wanted: dict[str, object], partial: bool) -> list[str]:
-    """Lines on what is asked for and not stored, stored and not asked for, or of another shape or type."""
+def differences(stored: Mapping[str, str], wanted: Mapping[str, object], *, partial: bool = False) -> list[str]:
+    """Lines on what is asked for and not stored, stored and not asked for, or of another shape or type.
+
+    Args:
+        stored: what arrays there are, as `Contents.leaves`.
+        wanted: arrays or `jax.ShapeDtypeStruct` by the same names.
+        partial: what is not asked for is no difference.
+    """
     lines = []
     for name, leaf in wanted.items():
         if name not in stored:

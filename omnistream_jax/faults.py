@@ -171,7 +171,7 @@ def unless_disk_full(problem: str) -> Iterator[None]:
 
 def disk_refused(error: OSError) -> bool:
     """Whether a disk would not take what was written, which is no fault of the program."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) or "disk full" in str(error)
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def _json_number(value: float) -> float | str:

@@ -12,11 +12,9 @@ of CUDA, NCCL and the allocator's gaps comes on top, for which topology.py leave
 
 import dataclasses
 import functools
-import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +24,13 @@ from ml_collections import ConfigDict
 from omnistream_jax.config import ConfigError
 from omnistream_jax.flops import Flops, peak_flops, task_flops
 from omnistream_jax.models.backbone import Backbone
+from omnistream_jax.ops.attention import attention_path
 from omnistream_jax.plan_report import Plan, PlannedProgram, report
-from omnistream_jax.programs import Program
+from omnistream_jax.programs import device_bytes, read_program
 from omnistream_jax.roofline import UTILISATION, Times, read_messages
 from omnistream_jax.sharding import replicated, split_batch, state_shardings
 from omnistream_jax.step import TrainState, fresh_params, init_state, make_accumulate, make_update
-from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, teacher_schedule
+from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, teacher_schedule, trains_gram
 from omnistream_jax.tasks.build_fields import EMBEDDED
 from omnistream_jax.tasks.caption import CaptionTask
 from omnistream_jax.tasks.geometry import GeometryTask
@@ -39,8 +38,6 @@ from omnistream_jax.tasks.self_supervision import SelfSupervisionTask
 from omnistream_jax.tasks.task import Task
 from omnistream_jax.topology import GPU_PACKAGES, Topology, link_bandwidth, parse_topology, planned_mesh, stand_in_for
 
-# Which of ops.attention.ATTENTION_PATHS a run on the platform takes, for activations of 16 bits.
-_ATTENTION = {"cpu": "xla", "cuda": "cudnn", "tpu": "splash"}
 # XLA's own products for GPUs are tried out on one; without it, it fails at some. cuBLAS's need no trial.
 _COMPILER_OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
 _BLOCK_REMAT = 4 / 3  # with remat "block", every forward pass that has a gradient is computed twice
@@ -69,9 +66,8 @@ def make_plan(config: ConfigDict, say: Callable[[str], None] = lambda line: None
     config = _without_files(config, topology)
     try:
         backbone = build_backbone(config)
-        path = _ATTENTION[topology.device.platform] if jnp.dtype(backbone.dtype).itemsize == 2 else "xla"
-        path = "splash" if topology.device.platform == "tpu" else path  # cuDNN alone has no float32
-        gram = backbone.config if config.self_supervision.gram.weight != 0 else None
+        path = attention_path(backbone.dtype, topology.device.platform)
+        gram = backbone.config if trains_gram(config) else None
         tasks = [_attending(task, path) for task in build_tasks(config, backbone.clone(attention=path), gram)]
         state, shardings = _abstract_state(config, backbone.clone(attention="xla"), tasks, gram is not None, mesh)
         optimizer = build_optimizer(config)
@@ -93,7 +89,7 @@ def make_plan(config: ConfigDict, say: Callable[[str], None] = lambda line: None
         programs.append(compiled(function, arguments[name], flops.get(name, Flops()).total))
         say(f"    {programs[-1].needs / 1e9:,.2f} GB a device")
     settings = f"{jnp.dtype(backbone.dtype).name}, attention by {path}, remat {config.model.remat}"
-    return Plan(config.name, topology, mesh, settings, _bytes(state), _bytes(state.params), programs)
+    return Plan(config.name, topology, mesh, settings, device_bytes(state), device_bytes(state.params), programs)
 
 
 def _without_files(config: ConfigDict, topology: Topology) -> ConfigDict:
@@ -172,12 +168,6 @@ def _batch(task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: shape.update(sharding=split_batch(mesh)) for name, shape in batch_shapes(task).items()}
 
 
-def _bytes(tree: Any) -> int:
-    """Of what stands for arrays on a mesh, on each device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
 def _planned(
     name: str,
     topology: Topology,
@@ -203,18 +193,11 @@ def _planned(
             raise
         packages = GPU_PACKAGES.format(v=jax.__version__)
         raise ConfigError(f"topology: attention on GPUs needs cuDNN to compile ({error}): {packages}") from error
-    stats = compiled.memory_analysis()
-    program = Program(
-        name=name,
-        seconds=time.monotonic() - started,
-        arguments=_bytes(arguments),
-        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
-    )
+    program = read_program(name, compiled, device_bytes(arguments), time.monotonic() - started)
     messages = read_messages(compiled.as_text(), mesh.size)
     times = None
     if peak := peak_flops(mesh.devices.flat[0], dtype):
+        stats = compiled.memory_analysis()
         moved = stats.argument_size_in_bytes + stats.output_size_in_bytes + 2 * stats.temp_size_in_bytes
         times = Times(
             products=executed.executed / mesh.size / (UTILISATION * peak),

@@ -69,9 +69,9 @@ def compile_step(
             arguments = (state, gradients, batches[name])
             lowered = function.lower(*arguments)
             losses.append(_whole(lowered.out_info[1]["loss"], gradients))
-            started[name] = pool.submit(_compile, name, lowered, _bytes(arguments))
+            started[name] = pool.submit(_compile, name, lowered, device_bytes(arguments))
         arguments = (state, gradients, losses)
-        started["update"] = pool.submit(_compile, "update", update.lower(*arguments), _bytes(arguments))
+        started["update"] = pool.submit(_compile, "update", update.lower(*arguments), device_bytes(arguments))
         return [future.result() for future in started.values()]
 
 
@@ -82,7 +82,7 @@ def _whole(info: Any, gradients: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place)
 
 
-def _bytes(arrays: Any) -> int:
+def device_bytes(arrays: Any) -> int:
     """Of a tree of arrays, or of what stands for them, on each device."""
 
     def local(leaf: Any) -> int:
@@ -94,10 +94,16 @@ def _bytes(arrays: Any) -> int:
 
 def _compile(name: str, lowered: jax.stages.Lowered, arguments: int) -> Program:
     started = time.monotonic()
-    stats = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
+    return read_program(name, compiled, arguments, time.monotonic() - started)
+
+
+def read_program(name: str, compiled: jax.stages.Compiled, arguments: int, seconds: float) -> Program:
+    """What XLA tells of a program that took `seconds` to compile; arguments: `device_bytes` of what it takes."""
+    stats = compiled.memory_analysis()
     return Program(
         name=name,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         arguments=arguments,
         outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,

@@ -32,7 +32,7 @@ With micro-batches, the parameters are gathered and the gradients scattered for 
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,10 +98,6 @@ def mesh_sizes(data: int = -1, fsdp: int = 1, tensor: int = 1) -> dict[str, int]
         sizes[open_axes[0]] = devices // known
     elif known != devices:
         raise ValueError(f"mesh.data: {asked} makes {known} devices, there are {devices} (-1: what is left over)")
-    if jax.local_device_count() % sizes["tensor"]:
-        raise ValueError(
-            f"mesh.tensor: expected a divisor of the {jax.local_device_count()} devices of a process, got {tensor}"
-        )
     return sizes
 
 
@@ -112,11 +108,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes what the others leave over.
 
     Raises:
-        ValueError: sizes whose product is not the number of devices, or a tensor axis that spans processes; the
-            message names the field `mesh.AXIS`.
+        ValueError: sizes whose product is not the number of devices, or as `lay_out`; the message names the field.
     """
-    sizes = mesh_sizes(data, fsdp, tensor)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return lay_out(mesh_sizes(data, fsdp, tensor), jax.devices())
+
+
+def lay_out(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    """Devices along the axes, of sizes as `mesh_sizes` gives them.
+
+    Raises:
+        ValueError: a tensor axis that spans processes, or axes that are no products of a TPU slice's sides.
+    """
+    here = sum(device.process_index == devices[0].process_index for device in devices)
+    if here % sizes["tensor"]:
+        raise ValueError(f"mesh.tensor: expected a divisor of the {here} devices of a process, got {sizes['tensor']}")
+    axis_types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError as error:
+        raise ValueError(f"mesh: {str(error).partition('. If you want')[0]}") from error
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from omnistream_jax.config import ConfigError
-from omnistream_jax.sharding import AXES, mesh_sizes
+from omnistream_jax.sharding import lay_out, mesh_sizes
 
 _GIB = 2**30
 _HOST_GPUS = 8
@@ -185,18 +185,9 @@ def planned_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int 
         ConfigError: the sizes do not fit; the platform's plug-in is not installed; there is no such slice.
     """
     try:
-        sizes = mesh_sizes(data, fsdp, tensor)
+        return lay_out(mesh_sizes(data, fsdp, tensor), _devices(topology))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    devices = _devices(topology)
-    here = sum(device.process_index == devices[0].process_index for device in devices)
-    if here % sizes["tensor"]:
-        raise ConfigError(f"mesh.tensor: expected a divisor of the {here} devices of a process, got {tensor}")
-    axis_types = (AxisType.Auto,) * len(AXES)
-    try:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
-    except NotImplementedError as error:  # axes that are no products of a slice's sides; a run there would not start
-        raise ConfigError(f"mesh: {str(error).partition('. If you want')[0]}") from error
 
 
 def _devices(topology: Topology) -> Sequence[jax.Device]:

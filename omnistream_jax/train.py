@@ -36,7 +36,7 @@ from omnistream_jax.watch import Watch
 # A resumed run may differ in these; they do not change what is computed (the mesh: but for its rounding).
 _MAY_CHANGE = (
     *("log_every", "checkpoint", "loader", "evaluation", "compilation_cache", "mesh"),
-    *("max_nonfinite_steps", "requeue_exit_code", "distributed", "pictures_every", "profile"),
+    *("max_nonfinite_steps", "requeue_exit_code", "distributed", "pictures_every", "profile", "topology"),
 )
 _TERMINAL = (
     *("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy"),

@@ -7,10 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from omnistream_jax.checkpoint import Checkpoints
+from omnistream_jax.checkpoint import Checkpoints, differences
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
-from omnistream_jax.utils.trees import describe, named_leaves
+from omnistream_jax.utils.trees import named_leaves
 
 # What arrays mean and their shapes do not tell, by part.
 _SAME_MEANING = {"backbone": ("model.rope", "model.time_unit"), "geometry": ("geometry.layers", "geometry.units")}
@@ -94,19 +94,12 @@ def _differences(
     """A line for a part that is not in the checkpoint, an array of another shape, a field that means another thing."""
     lines = []
     for part, tree in params.items():
-        own = {name for name in stored if name.startswith(f"{kind}/{part}/")}
-        wanted = {f"{kind}/{part}/{name}": describe(leaf) for name, leaf in named_leaves(tree).items()}
+        own = {name: array for name, array in stored.items() if name.startswith(f"{kind}/{part}/")}
         if not own:
             there = sorted({name.split("/")[1] for name in stored if name.startswith(f"{kind}/")})
             lines.append(f"{part}: that run did not train it (it has {', '.join(there)}); leave it out of init.parts")
             continue
-        for name in sorted(own | wanted.keys()):
-            if name not in stored:
-                lines.append(f"{name}: expected {wanted[name]}, not in it")
-            elif name not in wanted:
-                lines.append(f"{name}: {stored[name]} in it, not expected")
-            elif stored[name] != wanted[name]:
-                lines.append(f"{name}: expected {wanted[name]}, it holds {stored[name]}")
+        lines += differences(own, {f"{kind}/{part}/{name}": leaf for name, leaf in named_leaves(tree).items()})
         for field in _SAME_MEANING.get(part, ()):
             theirs, ours = _field(stored_config, field), _field(config, field)
             if ours is not None and theirs != ours:

@@ -10,6 +10,8 @@ from self_supervision_cases import first_batch
 from training_cases import small_config
 
 from omnistream_jax import train as train_lib
+from omnistream_jax.build import build
+from omnistream_jax.config import ConfigError
 from omnistream_jax.convert import layouts
 from omnistream_jax.models import presets
 from omnistream_jax.step import make_accumulate
@@ -48,3 +50,15 @@ def test_the_student_and_the_gram_teacher_start_from_the_weights(golden, tmp_pat
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, metrics)))
     assert metrics["gram"] > 0, "the Gram teacher stands from the first step"
     assert all(np.any(gradients["backbone"]["blocks"]["attention"][name]) for name in ("qkv_kernel", "value_bias"))
+
+
+def test_without_self_supervision_on_images_there_is_no_gram_teacher():
+    config = small_config(tasks__image_ssl__weight=0.0)
+    assert config.self_supervision.gram.weight != 0
+    assert build(config).state.gram is None
+    assert build(small_config()).state.gram is not None
+
+
+def test_a_decoder_to_start_from_that_nothing_trains_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^init.decoder: no task trains a decoder"):
+        build(small_config(init__decoder=str(tmp_path)))

@@ -1,6 +1,7 @@
 """Where arrays lie on a mesh, and that a mesh changes nothing but who computes."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -91,7 +92,6 @@ def test_a_parameter_its_moments_and_its_teachers_lie_alike(monkeypatch):
 )
 def test_an_axis_of_minus_one_takes_what_is_left_over(axes, expected, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     assert tuple(sharding.mesh_sizes(**axes).values()) == expected
 
 
@@ -107,14 +107,22 @@ def test_an_axis_of_minus_one_takes_what_is_left_over(axes, expected, monkeypatc
 )
 def test_a_mesh_that_cannot_be_is_refused_by_its_field(axes, message, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=i // 4) for i in range(8)])
     with pytest.raises(ValueError, match=message):
-        sharding.mesh_sizes(**axes)
+        sharding.make_mesh(**axes)
+
+
+def test_a_mesh_that_a_slice_cannot_have_is_an_error_of_the_mesh(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1. If you want to split, do so")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(ValueError, match=r"^mesh: Failed to find assignment for logical_axis_index 1$"):
+        sharding.make_mesh()
 
 
 def test_a_batch_that_does_not_split_is_refused_by_its_field(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     config = small_config(mesh__fsdp=2, mesh__tensor=2, tasks__clip_ssl__batch_size=6)
     message = "tasks.clip_ssl.batch_size: expected a multiple of the 4 parts into which mesh.data x mesh.fsdp split it"
     with pytest.raises(ConfigError, match=message):

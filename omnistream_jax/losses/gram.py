@@ -63,6 +63,8 @@ def resize_patches(features: jax.Array, height: int, width: int) -> jax.Array:
         raise ValueError(f"features: expected [B, h, w, D], got shape {features.shape}")
     if height < 1 or width < 1:
         raise ValueError(f"height and width: expected at least 1, got {height} and {width}")
+    if features.shape[1:3] == (height, width):
+        return features.astype(jnp.float32)
     rows = cubic_matrix(features.shape[1], height)
     columns = cubic_matrix(features.shape[2], width)
     # y, x: new cell; h, w: old cell

@@ -33,9 +33,14 @@ _UNROLLED_GROUPS = 16
 _CHUNK_TOKENS = 256
 
 
-def attention_path(dtype: jnp.dtype) -> str:
-    """The fastest of ATTENTION_PATHS for activations of `dtype` on this process's devices."""
-    platform = _platform()
+def attention_path(dtype: jnp.dtype, platform: str | None = None) -> str:
+    """The fastest of ATTENTION_PATHS for activations of `dtype`.
+
+    Args:
+        dtype: of the activations.
+        platform: "cpu", "cuda", "tpu", ...; None: that of this process's devices.
+    """
+    platform = platform or _platform()
     if platform == "cuda" and jnp.dtype(dtype).itemsize == 2:  # cuDNN has no float32
         return "cudnn"
     return "splash" if platform == "tpu" else "xla"

@@ -36,6 +36,16 @@ def build_backbone(config: ConfigDict) -> Backbone:
     return Backbone(sizes, dtype=dtype, remat=model.remat)
 
 
+def trains(config: ConfigDict, kind: str) -> bool:
+    """Whether a task of the kind, one of `build_fields.KINDS`, is trained."""
+    return any(fields.kind == kind and fields.weight != 0 for fields in config.tasks.values())
+
+
+def trains_gram(config: ConfigDict) -> bool:
+    """Whether there is a Gram teacher: its term is one of self-supervision on images."""
+    return config.self_supervision.gram.weight != 0 and trains(config, "image")
+
+
 def build_tasks(config: ConfigDict, backbone: Backbone, gram: BackboneConfig | None) -> list[Task]:
     """The tasks of `config.tasks` whose weight is not 0.
 

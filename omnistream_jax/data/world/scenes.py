@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[float, float, float]] = {
 }
 """Half sides of each shape, as multiples of each other."""
 MAX_OTHERS = 5
-_WALLS_WASH = 0.65  # with walls as vivid as the things, a model learns in hours, not minutes, what a picture shows
+_WALLS_WASH = 0.65  # with walls as vivid as the things, a decoder takes twice as long to learn what a picture shows
 _ATTEMPTS = 400
 
 
