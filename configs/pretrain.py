@@ -73,7 +73,7 @@ def _paper() -> ConfigDict:
     config.topology = ""
     config.name = "stage1"  # without --workdir the run lies in runs/NAME
     config.seed = 0
-    config.steps = 60_000
+    config.steps = 60_000  # 0: nothing is trained; the model and the scores of what init names, or of random weights
 
     # Sizes: tiny, small, base, large (models/presets.py). patch_size 0 is the preset's. dtype auto: bfloat16 on
     # accelerators. remat: what a block keeps for its backward pass: none (nothing is computed again), dots (products
@@ -261,6 +261,27 @@ def _paper() -> ConfigDict:
             "caption_records": 32,
         }
     )
+    # Accuracy of the backbone's features (the EMA teacher's, where there is one) on labelled pictures: before the first
+    # step, every so many steps (0: never) and after the last, as knn_top1 and linear_top1 in percent, with the seconds
+    # that it took, all of one device, as evaluators_seconds. paths: world, things of the rendered world by their shape;
+    # or a folder with train/CLASS/ and val/CLASS/. At most so many images of each, size x size, decoded at the start
+    # and held in memory. knn: DINO's weighted neighbours, each of `neighbours` (features: cls, mean or cls+mean);
+    # linear: the best of several learning rates, for a batch of 256, on CLS and mean of the patches.
+    config.evaluators = ConfigDict(
+        {
+            "every": 0,
+            "names": ("knn", "linear"),
+            "paths": "world",
+            "size": 224,
+            "train_images": 10_000,
+            "test_images": 2_000,
+            "neighbours": (20,),
+            "temperature": 0.07,
+            "knn_features": "cls",
+            "learning_rates": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
+            "linear_steps": 500,
+        }
+    )
     return config
 
 
@@ -312,6 +333,7 @@ def _quick_start(config: ConfigDict) -> None:
     config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": 0})
     config.evaluation.update({"retrieval_size": 96, "geometry_scenes": 8, "geometry_size": 64})
     config.evaluation.caption_records = 8
+    config.evaluators.update({"size": 64, "train_images": 1_000, "test_images": 500})
 
 
 def _learn(config: ConfigDict) -> None:
@@ -332,6 +354,7 @@ def _learn(config: ConfigDict) -> None:
     config.log_every = 50
     config.checkpoint.every = 500
     config.evaluation.update({"geometry_scenes": 96, "geometry_size": 32})
+    config.evaluators.size = 32
 
 
 def _learn_captions(config: ConfigDict) -> None:

@@ -19,7 +19,7 @@ from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError, fingerprint
 from omnistream_jax.data.benchmarks.base import Benchmark
 from omnistream_jax.data.benchmarks.registry import OPENERS, open_benchmark
-from omnistream_jax.evals import geometry_plots, geometry_table
+from omnistream_jax.evals import figures, geometry_plots, geometry_table
 from omnistream_jax.evals.camera_pose import PoseResult, aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.depth_metrics import ALIGNMENTS
 from omnistream_jax.evals.geometry_stream import SequenceStreamer
@@ -88,7 +88,7 @@ def build(config: ConfigDict) -> Job:
     benchmarks.sort(key=lambda benchmark: list(OPENERS).index(benchmark.name))  # a ConfigDict sorts by the alphabet
     try:
         if config.plots:
-            geometry_plots.check_plotting()
+            figures.check_plotting()
         dtype = None if config.compute_dtype == "auto" else config.compute_dtype
         model = load_geometry(config.checkpoint, dtype=dtype)
         fields = {name: config[name] for name in ("sinks", "frames_per_step", "pose_source")}

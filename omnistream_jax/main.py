@@ -20,7 +20,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
-from omnistream_jax import distributed, evaluate, extract, launcher, live, plan, train
+from omnistream_jax import distributed, evaluate, extract, launcher, live, plan, probe, propagate, train
 from omnistream_jax.checkpoint import CheckpointError
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
@@ -46,6 +46,8 @@ EXPLAINED = (
     evaluate.EvaluationError,
     extract.ExtractionError,
     live.LiveError,
+    probe.ProbeError,
+    propagate.PropagationError,
     train.TrainingError,
 )
 
@@ -110,6 +112,20 @@ def _evaluate(config: ConfigDict, launch: Launch | None) -> int:
     return evaluate.evaluate(config)
 
 
+def _probe(config: ConfigDict, launch: Launch | None) -> int:
+    if WORKDIR.present:
+        raise ConfigError("workdir: a probe writes to --config.output=DIR")
+    _alone("probe", launch)
+    return probe.probe(config)
+
+
+def _propagate(config: ConfigDict, launch: Launch | None) -> None:
+    if WORKDIR.present:
+        raise ConfigError("workdir: a propagation writes to --config.output=DIR")
+    _alone("propagate", launch)
+    propagate.propagate(config)
+
+
 def _plan(config: ConfigDict, launch: Launch | None) -> None:
     if WORKDIR.present:
         raise ConfigError("workdir: a plan writes nothing but to the terminal")
@@ -122,7 +138,15 @@ def _alone(job: str, launch: Launch | None) -> None:
         raise ConfigError(f"job {job}: works in one process, got {launch.count} by {launch.launcher}")
 
 
-JOBS = {"train": _train, "extract": _extract, "stream": _stream, "evaluate": _evaluate, "plan": _plan}
+JOBS = {
+    "train": _train,
+    "extract": _extract,
+    "stream": _stream,
+    "evaluate": _evaluate,
+    "probe": _probe,
+    "propagate": _propagate,
+    "plan": _plan,
+}
 
 if __name__ == "__main__":
     with distributed.ending_all_on_failure():

@@ -20,7 +20,7 @@ class Optimizer:
     Attributes:
         peak: learning rate after warm-up.
         warmup_steps: steps of linear warm-up from 0.
-        steps: all steps; the learning rate falls to `final` by then along a cosine.
+        steps: all steps; the learning rate falls to `final` by then along a cosine. 0: none is made.
         final: last learning rate.
         beta1, beta2: Adam's decay rates.
         clip_norm: the norm of each module's gradient (backbone, each head) is clipped to this, as DINOv3 does; 0 does
@@ -42,9 +42,9 @@ class Optimizer:
     factors: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
-        if not 0 <= self.warmup_steps <= self.steps:
+        if self.steps < 0:
+            raise ValueError(f"steps: expected 0 or more, got {self.steps}")
+        if self.steps and not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"optimizer.warmup_steps: expected 0 to {self.steps}, got {self.warmup_steps}")
         if not self.peak > 0 or self.final < 0 or self.clip_norm < 0:
             raise ValueError("optimizer: expected peak > 0, final >= 0 and clip_norm >= 0")

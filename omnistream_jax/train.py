@@ -17,9 +17,12 @@ from ml_collections import ConfigDict
 from omnistream_jax import config as config_lib
 from omnistream_jax.build import Run, build
 from omnistream_jax.checkpoint import Checkpoints
+from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.pipeline import Pipeline, build_pipeline
+from omnistream_jax.evals.during_training import RunEvaluators
 from omnistream_jax.faults import Counters, FiniteGuard, NonFiniteError, Saver, disk_refused, unless_disk_full
 from omnistream_jax.flops import task_flops
+from omnistream_jax.model import build_model
 from omnistream_jax.preemption import Preemption
 from omnistream_jax.profiling import Profiler
 from omnistream_jax.programs import Program, compile_step, table, write_programs
@@ -36,11 +39,12 @@ from omnistream_jax.watch import Watch
 # A resumed run may differ in these; they do not change what is computed (the mesh: but for its rounding).
 _MAY_CHANGE = (
     *("log_every", "checkpoint", "loader", "evaluation", "compilation_cache", "mesh"),
-    *("max_nonfinite_steps", "requeue_exit_code", "distributed", "pictures_every", "profile", "topology"),
+    *("max_nonfinite_steps", "requeue_exit_code", "distributed", "pictures_every", "profile", "topology", "evaluators"),
 )
 _TERMINAL = (
     *("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy"),
     *("depth", "rays", "points", "camera", "depth_abs_rel", "caption", "token_accuracy"),
+    *("knn_top1", "linear_top1", "evaluators_seconds"),
 )
 
 
@@ -66,6 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             stack.enter_context(lock_workdir(workdir))
         run = build(config)
         _print_counts(run)
+        evaluators = _open_evaluators(config, run)
         if not known:  # a config that cannot work has left no directory behind
             stack.enter_context(lock_workdir(workdir))
         keep_every = config.checkpoint.keep_every or None
@@ -78,7 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             saver = Saver(checkpoints, counters, _say, last_saved=start)
             guard = FiniteGuard(counters, config.max_nonfinite_steps, workdir)
             try:
-                state = _run_steps(config, run, workdir, state, start, saver, guard, preemption, metrics)
+                state = _run_steps(config, run, workdir, state, start, saver, guard, preemption, metrics, evaluators)
             except KeyboardInterrupt:
                 raise TrainingError("stopped; the same command goes on from the last checkpoint") from None
             except NonFiniteError as error:
@@ -136,6 +141,7 @@ def _run_steps(
     guard: FiniteGuard,
     preemption: Preemption,
     metrics: MetricsWriter | None,
+    evaluators: RunEvaluators | None,
 ) -> TrainState:
     origin = {"config": config_lib.to_plain(config), "versions": versions()}
     shardings = run.shardings
@@ -143,6 +149,9 @@ def _run_steps(
     update = make_update(run.optimizer, teacher_schedule(config), shardings)
     gradients = zero_gradients(state)
     watch = Watch(run.tasks, run.backbone.dtype)
+    evaluate = functools.partial(_evaluate, evaluators, run, metrics)
+    if config.evaluators.every and start == 0:
+        evaluate(state, start)
     with (
         StepDeadline(config.distributed.step_deadline_seconds) as deadline,
         Profiler(workdir / "profile", **config.profile, say=_say) as profiler,
@@ -190,6 +199,8 @@ def _run_steps(
                 told = _tell_skipped(pipeline.skipped, told)
             if config.pictures_every and step % config.pictures_every == 0 and step < config.steps:
                 _draw(config, run, state, step, metrics)
+            if config.evaluators.every and (step % config.evaluators.every == 0 or step == config.steps):
+                evaluate(state, step)
             watch.charge("other")
             leaving = preemption.reached(step)
             if leaving or step % config.checkpoint.every == 0 or step == config.steps:
@@ -218,6 +229,34 @@ def _draw(config: ConfigDict, run: Run, state: TrainState, step: int, metrics: M
         with unless_disk_full(f"step {step}: its pictures could not be written"):
             for name, picture in pictures(config, trained).items():
                 metrics.write_image(step, name, picture)
+
+
+def _open_evaluators(config: ConfigDict, run: Run) -> RunEvaluators | None:
+    """Those of `config.evaluators` in process 0, which evaluates for all; None in the others, and where none is due."""
+    fields, opened = config.evaluators, []
+    if fields.every < 0:
+        raise config_lib.ConfigError(f"evaluators.every: expected 0 or more, got {fields.every}")
+    if fields.every:
+        make = functools.partial(RunEvaluators, fields, run.backbone.config.patch_size)
+        _say(f"evaluators: reading {fields.train_images:,} + {fields.test_images:,} pictures ({fields.paths})")
+        try:
+            from_first_process(lambda: opened.append(make()), errors=(DataError, ValueError))
+        except DataError:
+            raise
+        except ValueError as error:
+            raise config_lib.ConfigError(str(error)) from error
+    return opened[0] if opened else None
+
+
+def _evaluate(
+    evaluators: RunEvaluators | None, run: Run, metrics: MetricsWriter | None, state: TrainState, step: int
+) -> None:
+    params = host_copy((state.ema or state.params)["backbone"])  # every process gives its part
+    if evaluators is not None and metrics is not None:
+        model = build_model(run.backbone.config, jax.device_put(params), dtype=run.backbone.dtype)
+        values = dict(evaluators.run(model))
+        with unless_disk_full(f"step {step}: its accuracies could not be written"):
+            metrics.write(step, values)
 
 
 def _tell_programs(run: Run, workdir: Path, programs: Sequence[Program]) -> None:

@@ -19,10 +19,11 @@ NETWORKS = {
 WORK = {"step", "optim", "sharding", "checkpoint", "config", "tasks", "evals", "losses", "data"} | NETWORKS
 
 # Each part of the package (a folder, or a file beside them) and the others that it may import. Imports run one way:
-# main -> train | evaluate | extract | live -> step, tasks, evals, model -> models, losses -> ops, geometry.
+# main -> train | evaluate | probe | propagate | extract | live -> step, tasks, evals, model -> models, losses
+# -> ops, geometry.
 ALLOWED = {
     "__init__": {"model", "geometry_model", "language_model"},
-    "main": {"train", "evaluate", "extract", "live", "plan", "launcher", "distributed"} | WORK,
+    "main": {"train", "evaluate", "extract", "live", "plan", "probe", "propagate", "launcher", "distributed"} | WORK,
     "train": {"build", "report", "watch", "flops", "programs", "profiling", "faults", "preemption"} | WORK,
     "faults": {"checkpoint"} | SUPPORT,
     "preemption": SUPPORT,
@@ -40,6 +41,8 @@ ALLOWED = {
     "build": {"weights"} | WORK,
     "report": WORK,
     "evaluate": {"__init__"} | WORK,
+    "probe": WORK,
+    "propagate": {"__init__"} | WORK,
     "extract": WORK,
     "live": {"live_result", "live_geometry", "live_question", "live_rerun", "live_view", "reconstruction"} | WORK,
     "live_geometry": {"live_result", "reconstruction", "model", "geometry_model", "stream", "config", "data", "evals"}
@@ -53,7 +56,8 @@ ALLOWED = {
     "reconstruction": {"data"} | SUPPORT,
     "step": {"optim", "sharding", "tasks", "losses", "models", "ops"} | SUPPORT,
     "tasks": {"sharding", "models", "losses", "data", "ops", "geometry", "optim", "config"} | SUPPORT,
-    "evals": {"model", "geometry_model", "stream", "models", "losses", "data", "ops", "geometry"} | SUPPORT,
+    "evals": {"model", "geometry_model", "stream", "convert", "models", "losses", "data", "ops", "geometry", "sharding"}
+    | SUPPORT,
     "model": {"stream", "convert", "models", "ops"} | SUPPORT,
     "geometry_model": {"model", "stream", "convert", "models", "geometry"} | SUPPORT,
     "language_model": {"model", "generate", "convert", "models", "data"} | SUPPORT,

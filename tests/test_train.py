@@ -71,6 +71,19 @@ def test_the_exported_model_is_the_teacher_of_the_last_checkpoint(whole_run):
         np.testing.assert_array_equal(leaf, leaves[name], err_msg=name)
 
 
+def test_no_steps_export_and_score_what_a_run_starts_from(whole_run, tmp_path):
+    train_lib.train(whole_config(steps=0, init__weights=str(whole_run)), tmp_path)
+    models = [omnistream_jax.load(folder / "model") for folder in (tmp_path, whole_run)]
+    for (name, leaf), expected in zip(
+        named_leaves(models[0].params).items(), jax.tree.leaves(models[1].params), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, expected, err_msg=name)
+    (scores,), (*_, expected) = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, whole_run))
+    changed = {"step": 0, "retrieval_top1_untrained": scores["retrieval_top1_trained"]}
+    changed["retrieval_within1_untrained"] = scores["retrieval_within1_trained"]
+    assert scores == expected | changed
+
+
 def test_a_stopped_run_resumes_bitwise(whole_run, tmp_path, monkeypatch):
     save = Checkpoints.save
 
@@ -244,6 +257,17 @@ def test_an_ablation_of_the_paper_leaves_out_its_task_alone(ablation, task):
     config = config_lib.load(f"{PRETRAIN}:stage1,{ablation}")
     assert {name: fields.weight for name, fields in config.tasks.items()} == weights | {task: 0.0}
     assert config.name == f"stage1_{ablation}"
+
+
+@pytest.mark.parametrize("ablation", ["no_video", "no_geometry", "no_caption"])
+def test_an_ablation_runs_at_quick_start_size(ablation, tmp_path):
+    smaller = {"steps": 2, "optimizer.warmup_steps": 1, "log_every": 1}
+    smaller |= {"evaluation.geometry_scenes": 1, "evaluation.caption_records": 2, "evaluation.picture_size": 96}
+    train_lib.train(config_lib.load(f"{PRETRAIN}:{ablation}", smaller), tmp_path)
+    steps = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    terms = {"no_video": "ibot_clip", "no_geometry": "depth", "no_caption": "caption"}
+    for term in terms.values():
+        assert all(np.isfinite(row[term]) for row in steps) if term != terms[ablation] else term not in steps[0]
 
 
 def run_main(*arguments):

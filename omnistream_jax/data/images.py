@@ -18,7 +18,9 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """What is decoded, whatever a file's name says. Pillow knows more, some of which start other programs (EPS)."""
 
 
-def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, file: BinaryIO | None = None) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, file: BinaryIO | None = None, upright: bool = True
+) -> np.ndarray:
     """Reads one picture as uint8 [H, W, 3] RGB, turned upright as its EXIF orientation says.
 
     Transparent pictures are laid on black. The size is checked from the header, before anything is decoded.
@@ -27,6 +29,7 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, file: B
       path: where it lies; where `file` is given, only its name in messages.
       max_pixels: the largest height x width that is decoded.
       file: the picture itself, open for reading and seeking: a member of an archive, or io.BytesIO; left open.
+      upright: False leaves it as it is stored, as evaluators do that know no EXIF.
 
     Raises:
       DataError: the file is missing, is no picture, is damaged, or has more than `max_pixels` pixels.
@@ -37,7 +40,7 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, file: B
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the one that counts
             with Image.open(path if file is None else file, formats=_FORMATS) as image:
                 _check_size(path, *image.size, max_pixels)
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+                return np.asarray(_to_rgb(ImageOps.exif_transpose(image) if upright else image))
     except DataError:
         raise
     except FileNotFoundError:

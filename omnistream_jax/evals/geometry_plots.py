@@ -1,26 +1,15 @@
-"""Pictures of what the geometry evaluators score: depth with its error, trajectories with the truth.
-
-Drawn by matplotlib without a display and without its global state. It is imported only here, and only when it is
-needed: nothing else of the package uses it.
-"""
+"""Pictures of what the geometry evaluators score: depth with its error, trajectories with the truth."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from omnistream_jax.evals.camera_pose import PoseResult
+from omnistream_jax.evals.figures import new_figure, save_figure
 from omnistream_jax.evals.video_depth import DepthResult
-from omnistream_jax.utils.files import written_aside
 
-_DOTS_PER_INCH = 100
 _LARGEST_ERROR = 0.5  # of AbsRel, at the end of the colours
 _TRUTH, _ESTIMATE = "black", "tab:red"
-
-
-def check_plotting() -> None:
-    """Raises ValueError, saying how to install it, where matplotlib is missing."""
-    _new_figure((1, 1))
 
 
 def plot_depth(result: DepthResult, path: Path) -> None:
@@ -32,7 +21,7 @@ def plot_depth(result: DepthResult, path: Path) -> None:
     """
     shown, metrics = result.shown, result.metrics
     height, width = shown[0].target.shape
-    figure = _new_figure((14, max(2.0, 3.2 * height / width) * len(shown) + 0.8))
+    figure = new_figure((14, max(2.0, 3.2 * height / width) * len(shown) + 0.8))
     axes = figure.subplots(len(shown), 4, squeeze=False)
     truth = np.concatenate([frame.target[np.isfinite(frame.target)] for frame in shown])
     low, high = np.percentile(truth, (2, 98)) if truth.size else (0.0, 1.0)
@@ -52,7 +41,7 @@ def plot_depth(result: DepthResult, path: Path) -> None:
     figure.colorbar(depth_image, ax=axes[:, 1:3], shrink=0.8, label="depth")
     figure.colorbar(error_image, ax=axes[:, 3], shrink=0.8, extend="max")
     figure.suptitle(f"{result.name}: AbsRel {metrics.abs_rel:.4f}, δ < 1.25 {100 * metrics.delta_1:.1f} %")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_trajectory(result: PoseResult, path: Path) -> None:
@@ -66,7 +55,7 @@ def plot_trajectory(result: PoseResult, path: Path) -> None:
     """
     origin, rotation = result.reference[0, :3, 3], result.reference[0, :3, :3]
     truth, estimate = ((centres - origin) @ rotation for centres in (result.reference[:, :3, 3], result.aligned))
-    times, figure = result.timestamps - result.timestamps[0], _new_figure((12, 6))
+    times, figure = result.timestamps - result.timestamps[0], new_figure((12, 6))
     axes = figure.subplot_mosaic([["top", "x"], ["top", "y"], ["top", "z"], ["top", "distance"]])
     for centres, colour, label in ((truth, _TRUTH, "truth"), (estimate, _ESTIMATE, "estimate, aligned")):
         axes["top"].plot(centres[:, 0], centres[:, 2], color=colour, label=label, marker=".", markersize=3)
@@ -84,20 +73,4 @@ def plot_trajectory(result: PoseResult, path: Path) -> None:
     metrics = result.metrics
     errors = f"RPE {metrics.rpe_translation:.4f}, {metrics.rpe_rotation:.3f}°"
     figure.suptitle(f"{result.name}: ATE {metrics.ate:.4f}, {errors}")
-    _save(figure, path)
-
-
-def _new_figure(inches: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plots: matplotlib is missing; pip install -e .[eval], or set plots=False") from error
-    figure = Figure(figsize=inches, dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png")
+    save_figure(figure, path)

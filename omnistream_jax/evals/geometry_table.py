@@ -1,9 +1,10 @@
 """The table of the geometry benchmarks, as a terminal shows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from omnistream_jax.evals.video_depth import PUBLISHED
+from omnistream_jax.evals.paper_tables import published
+from omnistream_jax.evals.text_table import aligned
 
 _COLUMNS = {
     "depth": (("AbsRel", "abs_rel", 1, ".4f"), ("δ < 1.25", "delta_1", 100, ".2f")),
@@ -13,6 +14,7 @@ _COLUMNS = {
         ("RPE rot °", "rpe_rotation", 1, ".4f"),
     ),
 }
+_SHOWN = ("CUT3R", "OmniStream")
 
 
 def scores(task: str, metrics: Mapping[str, Any]) -> list[str]:
@@ -31,7 +33,8 @@ def geometry_table(benchmarks: Mapping[str, Mapping[str, Any]], align: str) -> s
 
     Args:
         benchmarks: name -> {"data": `Benchmark.settings`, "aggregate": numbers or None, "problem": text or None}.
-        align: of the depth. CUT3R's published numbers stand under complete benchmarks that were aligned as they were.
+        align: of the depth. CUT3R's and OmniStream's published numbers stand under complete benchmarks that were
+            aligned as they were.
     """
     parts = []
     for task, title in (("depth", f"video depth, align {align}"), ("pose", "camera pose, Sim(3)")):
@@ -43,22 +46,21 @@ def geometry_table(benchmarks: Mapping[str, Mapping[str, Any]], align: str) -> s
             counts, aggregate = content["data"]["counts"], content["aggregate"]
             found = [f"{counts[what]:,} of {counts[f'expected_{what}']:,}" for what in ("sequences", "frames")]
             rows.append([name, *found, *(scores(task, aggregate) if aggregate else ["-"] * len(_COLUMNS[task]))])
-            if task == "depth" and align == "scale" and counts["complete"] and name in PUBLISHED:
-                rows.append(["  CUT3R in OmniStream's Table 3", "", "", *map(str, PUBLISHED[name])])
-        parts.append(_aligned(rows))
+            if counts["complete"] and (task == "pose" or align == "scale"):
+                rows += [
+                    [f"  {row} in the paper's Table {table}", "", "", *cells] for table, row, cells in _theirs(name)
+                ]
+        parts.append(aligned(rows))
         incomplete = [name for name, content in chosen.items() if not content["data"]["counts"]["complete"]]
         parts += [f"{name}: incomplete, not to be compared with published numbers" for name in incomplete]
         parts += [f"{name}: {content['problem']}" for name, content in chosen.items() if content["problem"]]
     return "\n".join(parts)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
+def _theirs(benchmark: str) -> list[tuple[int, str, list[str]]]:
+    """Table, row and cells of the models that are shown."""
+    metrics = [field for _, field, *_ in _COLUMNS[benchmark.rpartition("_")[2]]]
+    rows = published(benchmark).items()
+    return [
+        (table, row, [values[field].printed for field in metrics]) for (table, row), values in rows if row in _SHOWN
     ]
-    return "\n".join(text.rstrip() for text in lines)

@@ -19,9 +19,6 @@ from omnistream_jax.evals.depth_metrics import (
 # frames uint8 [T, h, w, 3] of one sequence, in order -> z-depth [T, any height, any width], in any unit
 PredictDepth = Callable[[np.ndarray], np.ndarray]
 
-# CUT3R's rows of OmniStream's Table 3: AbsRel and delta < 1.25 in percent, one scale a sequence.
-PUBLISHED = {"sintel_depth": (0.421, 47.9), "bonn_depth": (0.078, 93.7), "kitti_depth": (0.118, 88.1)}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShownFrame:

@@ -156,14 +156,21 @@ class SelfSupervisionTask:
         """The Gram term of the global crops of images; 0 until the Gram teacher stands."""
         crops = _merged(batch.get("gram_crops", batch["global_crops"]))
         student_patches = student.patches[:, 0]  # [B * G, h, w, d]
-        flat = (student_patches.shape[0], -1, student_patches.shape[-1])
 
-        def compare() -> jax.Array:
-            out = self.gram_backbone.apply({"params": teachers.gram}, crops, layers=())
-            target = resize_patches(out.patches[:, 0], *student_patches.shape[1:3])
-            return gram_loss(student_patches.reshape(flat), jax.lax.stop_gradient(target).reshape(flat))
+        def encode() -> jax.Array:
+            return self.gram_backbone.apply({"params": teachers.gram}, crops, layers=()).patches[:, 0]
 
-        return jax.lax.cond(teachers.step >= self.settings.gram_from_step, compare, lambda: jnp.float32(0.0))
+        # Nothing but its features leaves the condition: what is kept in it for the backward pass, such as similarities,
+        # XLA would gather on every device.
+        stands = teachers.step >= self.settings.gram_from_step
+        nothing = jax.eval_shape(encode)
+        target = jax.lax.cond(stands, encode, lambda: jnp.zeros(nothing.shape, nothing.dtype))
+        target = resize_patches(jax.lax.stop_gradient(target), *student_patches.shape[1:3])
+        rows = (student_patches.shape[0], -1)  # the teacher's width may be another
+        loss = gram_loss(
+            student_patches.reshape(*rows, student_patches.shape[-1]), target.reshape(*rows, target.shape[-1])
+        )
+        return jnp.where(stands, loss, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

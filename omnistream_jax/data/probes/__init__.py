@@ -1,0 +1,1 @@
+"""Labelled images and clips for probes on frozen features, in the layouts in which they are published."""

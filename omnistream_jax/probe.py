@@ -1,0 +1,315 @@
+"""Probes on a frozen backbone, from top to bottom: build, restore, step, save, evaluate, report.
+
+Batches are determined by the step, so that a run that was stopped goes on as if it had not been. An evaluation that is
+due follows the checkpoint of its step, and is done again where the run was stopped within it.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from omnistream_jax import config as config_lib
+from omnistream_jax.checkpoint import Checkpoints
+from omnistream_jax.config import ConfigError
+from omnistream_jax.convert.files import WeightsError, fingerprint
+from omnistream_jax.data.errors import DataError
+from omnistream_jax.evals import figures, paper_tables
+from omnistream_jax.evals.probes import action, ade20k, imagenet, nyuv2
+from omnistream_jax.evals.probes.base import Encode, Evaluation, Probe
+from omnistream_jax.evals.probes.engine import ProbeState, Trainer, init_state, make_encode, read_all
+from omnistream_jax.evals.probes.steps import FeatureSteps, FrameSteps
+from omnistream_jax.evals.probes.sweep_plots import plot_sweep
+from omnistream_jax.evals.probes.sweep_report import Report, best_of, sweep_table
+from omnistream_jax.model import load
+from omnistream_jax.sharding import batch_shards, make_mesh
+from omnistream_jax.utils.files import write_json
+from omnistream_jax.utils.lock import WorkdirLock
+from omnistream_jax.utils.metrics import MetricsWriter
+from omnistream_jax.utils.versions import versions
+
+BUILDERS = {"imagenet": imagenet.build, "nyuv2": nyuv2.build, "ade20k": ade20k.build, "action": action.build}
+SUMMARY, EVALUATIONS, SETTINGS = "probe.json", "evaluations.json", "settings.json"
+# A resumed run may differ in these; they do not change what is computed (mesh and encode_batch: but for its rounding).
+_MAY_CHANGE = (
+    *("log_every", "checkpoint_every", "loader", "mesh", "encode_batch", "heads_at_once", "evaluate_batch"),
+    *("plots", "compilation_cache", "name", "output", "checkpoint"),  # of the last, the weights count
+)
+_PAPER_UNITS = {"top1": 100.0, "miou": 100.0, "rmse": 1.0}  # metric -> what ours is multiplied by for the paper's unit
+_LEAST = {"seed": 0, "steps": 1, "batch": 1, "evaluate_every": 0, "evaluate_batch": 1, "encode_batch": 0}
+_LEAST |= {"heads_at_once": 0, "checkpoint_every": 1, "log_every": 1, "time_unit": 0, "learning_rate_batch": 0}
+
+
+class ProbeError(RuntimeError):
+    """The run cannot go on; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked configuration with what it names.
+
+    Attributes:
+        config: with its preset's values.
+        settings: JSON values, all that the results depend on besides the data.
+        probe: the protocol.
+        mesh: of all devices.
+        encode: the frozen backbone on it.
+    """
+
+    config: ConfigDict
+    settings: dict[str, Any]
+    probe: Probe
+    mesh: Mesh
+    encode: Encode
+
+    @property
+    def output(self) -> Path:
+        """Where all files lie."""
+        return Path(self.config.output)
+
+
+def probe(config: ConfigDict) -> int:
+    """Train and score the heads as the config says; configs/evaluate_probes.py tells what is left in `config.output`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ConfigError: a field does not fit, or `config.output` holds results of other settings.
+        DataError: the data set is not complete, or a file of it is damaged.
+        WeightsError: the model cannot be read.
+        WorkdirLockedError: another run works in `config.output`.
+        CheckpointError: there are checkpoints but no whole one, or one cannot be saved.
+        ProbeError: out of memory, stopped, or results that cannot be read or written.
+    """
+    job = build(config)
+    with _explained(job), WorkdirLock(job.output), jax.set_mesh(job.mesh):
+        refusal = f"output: {job.output} holds results of other settings; use those, or another directory"
+        config_lib.remember_settings(job.settings, job.output / SETTINGS, refusal)
+        report = _train(job)
+        heads, best = job.probe.heads, report.best
+        content = {
+            "config": config_lib.to_plain(job.config),
+            "settings": job.settings,
+            "versions": versions(),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "data": {"train": job.probe.train_settings(), "validation": job.probe.validation().settings()},
+            "score": job.probe.score,
+            **report.content(heads),
+            "published": _published(job),
+        }
+        write_json(job.output / SUMMARY, content)
+        if job.config.plots:
+            plot = plots_folder(job) / "learning_rates.png"
+            plot_sweep(heads, report.scores, job.probe.score, best, plot)
+        print(sweep_table(heads, report, job.probe.score), *_beside(job, report), sep="\n", flush=True)
+        print(job.output / SUMMARY, flush=True)
+    return 0
+
+
+def _beside(job: Job, report: Report) -> list[str]:
+    """The paper's figures under ours, where it has any of this benchmark."""
+    if not job.config.benchmark:
+        return []
+    best = report.scores[report.best]
+    ours = {name: factor * best[name] for name, factor in _PAPER_UNITS.items() if name in best}
+    told = [paper_tables.compare(job.config.benchmark, ours)]
+    return told + (["ours is not of the whole data set"] if job.config.allow_incomplete else [])
+
+
+def _published(job: Job) -> list[dict[str, Any]]:
+    """The paper's figures of this benchmark."""
+    if not job.config.benchmark:
+        return []
+    rows = paper_tables.published(job.config.benchmark)
+    return [dataclasses.asdict(figure) for figures in rows.values() for figure in figures.values()]
+
+
+# Building
+
+
+def build(config: ConfigDict) -> Job:
+    """Check the fields, count the data and load the model; nothing is written yet. Raises as `probe`."""
+    config = with_preset(config)
+    _check(config)
+    try:
+        if config.plots:
+            figures.check_plotting()
+        mesh = make_mesh(**config.mesh)
+        shards = batch_shards(mesh)
+        if config.batch % shards:
+            raise ConfigError(f"batch: expected a multiple of the {shards} devices that share it, got {config.batch}")
+        dtype = None if config.compute_dtype == "auto" else config.compute_dtype
+        model = load(config.checkpoint, dtype=dtype)
+        protocol = BUILDERS[config.probe](config, model.config)
+        if config.benchmark:
+            paper_tables.published(config.benchmark)
+    except (WeightsError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not config.augment and protocol.train_samples() is None:
+        raise ConfigError(f"augment: {config.probe} trains on random views alone; expected True, got False")
+    encode = make_encode(model, mesh, time_unit=config.time_unit or None, clips=config.encode_batch)
+    plain = config_lib.to_plain(config)
+    settings = {name: value for name, value in plain.items() if name not in (*_MAY_CHANGE, "presets", "job")}
+    settings |= {
+        "model": fingerprint(config.checkpoint),
+        "time_unit": config.time_unit or model.config.time_unit,
+        "compute_dtype": model.backbone.dtype.name,
+    }
+    return Job(config, settings, protocol, mesh, encode)
+
+
+def with_preset(config: ConfigDict) -> ConfigDict:
+    """The config with its preset's values where it has none of its own. Raises ConfigError for an unknown preset."""
+    filled = config.copy_and_resolve_references()
+    known = tuple(filled.presets)
+    if filled.preset not in (known or ("",)):
+        names = ", ".join(known) if known else "none, for there are no presets here"
+        raise ConfigError(f"preset: expected {names}, got {filled.preset!r}")
+    chosen = filled.presets[filled.preset] if known else {}
+    for name, value in chosen.items():
+        if filled[name] is None:
+            filled[name] = value
+    for name, value in filled.items():
+        if value is None:
+            raise ConfigError(f"{name}: expected a value, got none")
+    return filled
+
+
+def _check(config: ConfigDict) -> None:
+    for name in ("checkpoint", "output", "data"):
+        if not config[name]:
+            raise ConfigError(f"{name}: expected a directory, got none; give --config.{name}=DIR")
+    if config.probe not in BUILDERS:
+        raise ConfigError(f"probe: expected one of {', '.join(BUILDERS)}, got {config.probe!r}")
+    for name, smallest in _LEAST.items():
+        if config[name] < smallest:
+            raise ConfigError(f"{name}: expected {smallest} or more, got {config[name]}")
+    for name in ("learning_rates", "weight_decays"):
+        values = config[name]
+        if not values or not all(isinstance(value, (int, float)) for value in values):
+            raise ConfigError(f"{name}: expected numbers, one or more, as (1e-3, 1e-2), got {values!r}")
+
+
+# Training
+
+
+def _train(job: Job) -> Report:
+    """All steps that are left, and the evaluations that are due."""
+    config, protocol = job.config, job.probe
+    trainer = Trainer(protocol, config.seed, job.mesh, config.heads_at_once)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(job.output / "checkpoints", keep_last=2))
+        start = max(checkpoints.steps(), default=0)
+        steps = stack.enter_context(_steps(job, trainer, start))
+        state = init_state(protocol, steps.shapes, config.seed, job.mesh)
+        state, restored = _restore(checkpoints, state)
+        if restored != start:  # the newest was damaged
+            steps = stack.enter_context(_steps(job, trainer, restored))
+            start = restored
+        report = _read_report(job, start)
+        if _due(config, start) and not report.has(start):
+            _evaluate(job, state, start, report)
+        metrics = stack.enter_context(MetricsWriter(job.output, config.steps, restored_step=start))
+        for step in range(start + 1, config.steps + 1):
+            state, losses = steps(state, step - 1)
+            if step % config.log_every == 0 or step in (start + 1, config.steps):
+                metrics.write(step, {"loss": float(losses.min()), "loss_largest": float(losses.max())})
+            due = _due(config, step)
+            if due or step % config.checkpoint_every == 0:
+                checkpoints.save(step, state, {"settings": job.settings, "versions": versions()})
+            if due:
+                _evaluate(job, state, step, report)
+        return report
+
+
+def _steps(job: Job, trainer: Trainer, start: int) -> contextlib.AbstractContextManager[FrameSteps | FeatureSteps]:
+    """What makes a step: of frames that are encoded in it, or of features that are encoded once."""
+    config = job.config
+    if config.augment:
+        return FrameSteps(trainer, job.encode, job.probe.train_data(), config.loader, start)
+    path = job.output / "features" / "train.safetensors"
+    made_of = {"settings": job.settings, "data": job.probe.train_samples().settings()}
+    return FeatureSteps(trainer, job.encode, config.batch, path, made_of, config.loader.workers)
+
+
+def _restore(checkpoints: Checkpoints, state: ProbeState) -> tuple[ProbeState, int]:
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    restored = checkpoints.restore_latest(abstract)
+    if restored is None:
+        return state, 0
+    step, state, _ = restored
+    print(f"going on from step {step}", flush=True)
+    return state, step
+
+
+def _due(config: ConfigDict, step: int) -> bool:
+    return step == config.steps or bool(step and config.evaluate_every and step % config.evaluate_every == 0)
+
+
+# Evaluation
+
+
+def _evaluate(job: Job, state: ProbeState, step: int, report: Report) -> None:
+    """Score all heads at a step, keep the scores, and draw what belongs to the ones that are reported so far."""
+    protocol = job.probe
+    samples = read_all(protocol.validation(), job.config.loader.workers)
+    evaluation = protocol.evaluate(job.encode, state.variables, samples)
+    report.add(step, evaluation.scores)
+    if job.config.plots and report.step == step:
+        _draw(job, evaluation)
+    write_json(job.output / EVALUATIONS, {"evaluations": report.evaluations})
+    best = best_of(evaluation.scores, protocol.score, protocol.higher_is_better)
+    value, rate = evaluation.scores[best][protocol.score], protocol.heads.learning_rates[best]
+    print(f"step {step}: {protocol.score} {value:.4f}, of the head of learning rate {rate:.4g}", flush=True)
+
+
+def _draw(job: Job, evaluation: Evaluation) -> None:
+    for name, draw in evaluation.plots.items():
+        draw(plots_folder(job) / f"{name}.png")
+
+
+def plots_folder(job: Job) -> Path:
+    """Where pictures lie; it is made."""
+    folder = job.output / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _read_report(job: Job, start: int) -> Report:
+    """What was evaluated up to the step from which the run goes on."""
+    protocol, path = job.probe, job.output / EVALUATIONS
+    report = Report(protocol.score, protocol.higher_is_better, protocol.best_evaluation)
+    if not start or not path.exists():
+        return report
+    try:
+        for row in json.loads(path.read_text(encoding="utf-8"))["evaluations"]:
+            if row["step"] <= start:
+                report.add(row["step"], row["scores"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProbeError(f"{path} cannot be read as the evaluations of an earlier run ({error})") from error
+    return report
+
+
+@contextlib.contextmanager
+def _explained(job: Job) -> Iterator[None]:
+    """What can go wrong outside the program as a ProbeError."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise ProbeError("stopped; the same command goes on from the last checkpoint") from None
+    except OSError as error:
+        raise ProbeError(f"{job.output}: the run cannot go on ({error})") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        hint = "a smaller encode_batch, evaluate_batch or heads_at_once"
+        raise ProbeError(f"the device ran out of memory; set {hint}") from error

@@ -1,0 +1,55 @@
+"""Small data sets in the published layouts, tiny backbones and configurations for the tests of probes."""
+
+from pathlib import Path
+
+import numpy as np
+from backbone_cases import random_model
+from PIL import Image
+
+from omnistream_jax import config as config_lib
+
+CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "evaluate_probes.py")
+CLASSES = ("n01440764", "n01443537", "n01484850")
+
+
+def write_images(root: Path, train: int = 8, val: int = 4, seed: int = 0) -> Path:
+    """ImageNet's layout: noise whose colour tells its class, of many sizes."""
+    generator = np.random.default_rng(seed)
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                height, width = generator.integers(24, 60, 2)
+                pixels = generator.integers(0, 120, (height, width, 3))
+                pixels[..., label] += 100
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}_{split}_{index}.JPEG", quality=95)
+    return root
+
+
+def write_backbone(folder: Path, seed: int = 0) -> Path:
+    """A tiny random model with patches of 8 pixels."""
+    random_model(seed, patch_size=8).save(folder)
+    return folder
+
+
+def imagenet_config(checkpoint: Path, data: Path, output: Path, /, **changes):
+    """The recipe imagenet, made small; `changes` spell dotted names with "__"."""
+    fields = {
+        "checkpoint": str(checkpoint),
+        "data": str(data),
+        "output": str(output),
+        "allow_incomplete": True,
+        "classes": len(CLASSES),
+        "size": 16,
+        "resize": 20,
+        "batch": 8,
+        "steps": 8,
+        "learning_rates": (1e-2, 1.0, 10.0),
+        "evaluate_batch": 8,
+        "loader.workers": 0,
+        "compilation_cache": "",
+        "plots": False,
+    }
+    fields |= {name.replace("__", "."): value for name, value in changes.items()}
+    return config_lib.load(f"{CONFIG}:imagenet", fields)
