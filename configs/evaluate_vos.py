@@ -108,7 +108,7 @@ def get_config(recipe: str = "davis2017") -> ConfigDict:
     config.compilation_cache = "~/.cache/omnistream_jax/compilation"
     if recipe == "world":
         config.data = "embedded"
-        config.short_side = config.world.size
+        config.short_side = config.world.get_oneway_ref("size")
         config.radius = 0  # the frame has few patches; features alone must tell the place
         config.frames_per_step = 8
     return config

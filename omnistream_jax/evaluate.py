@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-import omnistream_jax
 from omnistream_jax import config as config_lib
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError, fingerprint
@@ -23,7 +22,7 @@ from omnistream_jax.evals import figures, geometry_plots, geometry_table
 from omnistream_jax.evals.camera_pose import PoseResult, aggregate_poses, evaluate_camera_pose
 from omnistream_jax.evals.depth_metrics import ALIGNMENTS
 from omnistream_jax.evals.geometry_stream import SequenceStreamer
-from omnistream_jax.evals.result_files import ResultFiles
+from omnistream_jax.evals.result_files import ResultFiles, made_by
 from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
 from omnistream_jax.geometry_model import CONFIG_NAME, WEIGHTS_NAME, load_geometry
 from omnistream_jax.utils.files import write_json
@@ -66,7 +65,7 @@ def evaluate(config: ConfigDict) -> int:
         refusal = f"output: {summary.parent} holds results of other settings; use those, or another directory"
         config_lib.remember_settings(job.files.settings, summary.with_name(SETTINGS), refusal)
         benchmarks = {benchmark.name: _evaluate_benchmark(job, benchmark) for benchmark in job.benchmarks}
-        content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **_versions()}
+        content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **made_by()}
         write_json(summary, content | {"benchmarks": benchmarks})
     print(geometry_table.geometry_table(benchmarks, config.align), summary, sep="\n", flush=True)
     return 1 if any(each["problem"] for each in benchmarks.values()) else 0
@@ -122,7 +121,7 @@ def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:
             draw = geometry_plots.plot_depth if benchmark.task == "depth" else geometry_plots.plot_trajectory
             draw(result, files.plot_path(benchmark, result.name))
         row = {"frames": result.frames, "metrics": metrics, "problem": result.problem}
-        row |= {"seconds": round(time.monotonic() - began, 3), **_versions()}
+        row |= {"seconds": round(time.monotonic() - began, 3), **made_by()}
         rows[result.name] = files.write(benchmark, sequences[result.name], row)
         told = result.problem or geometry_table.line(benchmark.task, metrics)
         print(f"{benchmark.name} {result.name}: {told} ({result.frames} frames, {row['seconds']:.1f} s)", flush=True)
@@ -142,11 +141,6 @@ def _results(job: Job, benchmark: Benchmark, skip: set[str]) -> Iterator[DepthRe
     show = _SHOWN if job.files.plots else 0
     depth = job.streamer.depth
     return evaluate_video_depth(depth, benchmark, align=job.config.align, skip=skip, show=show, **sizes)
-
-
-def _versions() -> dict[str, Any]:
-    versions = {"omnistream_jax": omnistream_jax.__version__, "jax": jax.__version__}
-    return {"versions": versions, "device": jax.devices()[0].device_kind}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,7 +27,7 @@ from omnistream_jax.evals.probes.base import Encode, Evaluation, Probe
 from omnistream_jax.evals.probes.engine import ProbeState, Trainer, init_state, make_encode, read_all
 from omnistream_jax.evals.probes.steps import FeatureSteps, FrameSteps
 from omnistream_jax.evals.probes.sweep_plots import plot_sweep
-from omnistream_jax.evals.probes.sweep_report import Report, best_of, sweep_table
+from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
 from omnistream_jax.model import load
 from omnistream_jax.sharding import batch_shards, make_mesh
 from omnistream_jax.utils.files import write_json
@@ -150,7 +151,11 @@ def build(config: ConfigDict) -> Job:
         protocol = BUILDERS[config.probe](config, model.config)
         if config.benchmark:
             paper_tables.published(config.benchmark)
-    except (WeightsError, DataError):
+    except DataError as error:
+        if config.data == imagenet.EMBEDDED:  # nothing but fields can be wrong
+            raise ConfigError(str(error)) from error
+        raise
+    except WeightsError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -222,7 +227,9 @@ def _train(job: Job) -> Report:
         for step in range(start + 1, config.steps + 1):
             state, losses = steps(state, step - 1)
             if step % config.log_every == 0 or step in (start + 1, config.steps):
-                metrics.write(step, {"loss": float(losses.min()), "loss_largest": float(losses.max())})
+                # a head that diverged does not hide the others
+                least, largest = float(jnp.nanmin(losses)), float(losses.max())
+                metrics.write(step, {"loss": least, "loss_largest": largest})
             due = _due(config, step)
             if due or step % config.checkpoint_every == 0:
                 checkpoints.save(step, state, {"settings": job.settings, "versions": versions()})
@@ -266,7 +273,7 @@ def _evaluate(job: Job, state: ProbeState, step: int, report: Report) -> None:
     report.add(step, evaluation.scores)
     if job.config.plots and report.step == step:
         _draw(job, evaluation)
-    write_json(job.output / EVALUATIONS, {"evaluations": report.evaluations})
+    write_json(job.output / EVALUATIONS, {"evaluations": report.rows()})
     best = best_of(evaluation.scores, protocol.score, protocol.higher_is_better)
     value, rate = evaluation.scores[best][protocol.score], protocol.heads.learning_rates[best]
     print(f"step {step}: {protocol.score} {value:.4f}, of the head of learning rate {rate:.4g}", flush=True)
@@ -293,8 +300,8 @@ def _read_report(job: Job, start: int) -> Report:
     try:
         for row in json.loads(path.read_text(encoding="utf-8"))["evaluations"]:
             if row["step"] <= start:
-                report.add(row["step"], row["scores"])
-    except (ValueError, KeyError, TypeError) as error:
+                report.add(row["step"], from_json(row["scores"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProbeError(f"{path} cannot be read as the evaluations of an earlier run ({error})") from error
     return report
 

@@ -25,6 +25,7 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals import paper_tables
 from omnistream_jax.evals.propagation import Propagation
 from omnistream_jax.evals.region_boundary import VOID_RULES, ObjectScores, mean_scores, score_sequence
+from omnistream_jax.evals.result_files import made_by
 from omnistream_jax.evals.text_table import aligned
 from omnistream_jax.evals.video_segmentation import FeatureReader, FrameRule, segment
 from omnistream_jax.evals.vos_files import VosFiles, read_predictions
@@ -77,7 +78,7 @@ def propagate(config: ConfigDict) -> None:
         refusal = f"output: {summary.parent} holds results of other settings; use those, or another directory"
         config_lib.remember_settings(dict(job.files.settings), summary.with_name(SETTINGS), refusal)
         rows = _all_rows(job)
-        content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **_versions()}
+        content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **made_by()}
         content |= {"data": job.videos.settings(), **_aggregate(rows), "published": _published(job)}
         write_json(summary, content | {"sequences": rows})
     print(_table(job, rows, content), summary, sep="\n", flush=True)
@@ -99,7 +100,7 @@ def build(config: ConfigDict) -> Job:
     if config.predictions:
         settings, segmenter = {"void": config.void, "predictions": str(Path(config.predictions).resolve())}, None
     else:
-        segmenter, settings = _segmenter(config, fields)
+        segmenter, settings = _segmenter(config, fields, videos)
     return Job(config, videos, segmenter, VosFiles(Path(config.output), settings, config.plots))
 
 
@@ -120,7 +121,7 @@ def _open(config: ConfigDict) -> MaskedVideos:
         raise ConfigError(str(error)) from error
 
 
-def _segmenter(config: ConfigDict, fields: Mapping[str, Any]) -> tuple[Segmenter, dict[str, Any]]:
+def _segmenter(config: ConfigDict, fields: Mapping[str, Any], videos: MaskedVideos) -> tuple[Segmenter, dict[str, Any]]:
     """With the settings that its masks depend on."""
 
     def part(kind: type) -> Any:
@@ -133,6 +134,8 @@ def _segmenter(config: ConfigDict, fields: Mapping[str, Any]) -> tuple[Segmenter
         stream = {"window": config.window or None, "sinks": config.sinks, "time_unit": config.time_unit or None}
         reader = FeatureReader(model, fields["features"], frames_per_step=config.frames_per_step, **stream)
         rule.check(reader.patch)
+        for sequence in videos.sequences:
+            rule.size(*sequence.size, reader.patch)
     except WeightsError:
         raise
     except ValueError as error:
@@ -155,7 +158,7 @@ def _all_rows(job: Job) -> dict[str, dict[str, Any]]:
         if rows[sequence.name] is None:
             began = time.monotonic()
             row = _evaluate(job, sequence)
-            row |= {"seconds": round(time.monotonic() - began, 3), **_versions()}
+            row |= {"seconds": round(time.monotonic() - began, 3), **made_by()}
             rows[sequence.name] = files.write(sequence, row)
             told = f"{_line(row)} ({row['frames']} frames, {row['seconds']:.1f} s)"
             print(f"{job.videos.name} {sequence.name}: {told}", flush=True)
@@ -248,11 +251,6 @@ def _table(job: Job, rows: Mapping[str, Mapping[str, Any]], content: Mapping[str
     return "\n".join(parts)
 
 
-def _versions() -> dict[str, Any]:
-    versions = {"omnistream_jax": omnistream_jax.__version__, "jax": jax.__version__}
-    return {"versions": versions, "device": jax.devices()[0].device_kind}
-
-
 @contextlib.contextmanager
 def _explained(job: Job) -> Iterator[None]:
     """What can go wrong outside the program as a PropagationError."""
@@ -263,5 +261,7 @@ def _explained(job: Job) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        hint = "a smaller window, short_side or frames_per_step" if job.config.window else "a window"
+        hint = "a smaller short_side or frames_per_step"
+        if job.files.settings.get("features") == "stream":
+            hint = "a smaller window, short_side or frames_per_step" if job.config.window else "a window"
         raise PropagationError(f"the device ran out of memory; set {hint}") from error

@@ -183,7 +183,7 @@ def test_the_summary_holds_every_setting(finished, config_for, checkpoint):
     assert content["config"]["checkpoint"] == str(checkpoint)
     assert content["settings"].items() >= {"align": "scale", "time_unit": 16.0, "compute_dtype": "float32"}.items()
     assert len(content["settings"]["model"]) == 64
-    assert set(content["versions"]) == {"omnistream_jax", "jax"}
+    assert set(content["versions"]) >= {"omnistream_jax", "jax"}
     counts = content["benchmarks"]["kitti_depth"]["data"]["counts"]
     assert (counts["sequences"], counts["frames"], counts["complete"]) == (1, FRAMES, False)
 

@@ -21,7 +21,7 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals.propagation import Propagation
 from omnistream_jax.evals.region_boundary import mean_scores, score_sequence
 from omnistream_jax.evals.video_segmentation import FeatureReader, FrameRule, segment
-from omnistream_jax.propagate import Segmenter, propagate
+from omnistream_jax.propagate import PropagationError, Segmenter, propagate
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -131,7 +131,7 @@ def test_the_summary_holds_every_setting(finished, config_for):
     ours = {"short_side": 64, "window": 0, "time_unit": 16.0, "compute_dtype": "float32", "void": "background"}
     assert content["settings"].items() >= (preset | ours).items()
     assert len(content["settings"]["model"]) == 64
-    assert set(content["versions"]) == {"omnistream_jax", "jax"}
+    assert set(content["versions"]) >= {"omnistream_jax", "jax"}
     assert content["data"]["counts"]["expected_objects"] == 61
     assert not content["data"]["counts"]["complete"]
     assert content["published"] is None
@@ -216,6 +216,8 @@ def test_masks_are_scored_anew_when_they_change(config_for, sequences, tmp_path)
 
 def test_the_first_and_last_masks_need_not_be_there(config_for, sequences, tmp_path):
     folder = write_predictions(tmp_path / "masks", sequences)
+    write_png(folder / sequences[0].name / "00000.png", np.full((64, 64), 255, np.uint8))  # they are not scored
+    assert scored(config_for, tmp_path, folder)["j_and_f"] == 1
     for sequence in sequences:
         for index in (0, FRAMES - 1):
             (folder / sequence.name / f"{index:05d}.png").unlink()
@@ -349,6 +351,8 @@ def test_a_second_run_into_one_directory_is_refused(config_for, tmp_path):
         ({"void": "ignored"}, ConfigError, "void: expected one of background, excluded, got 'ignored'"),
         ({"top": 0}, ConfigError, "top: expected 1 or more, got 0"),
         ({"rounding": "up", "multiple": 12}, ConfigError, "multiple: expected a multiple of the model's patch"),
+        ({"rounding": "down", "multiple": 128}, ConfigError, "short_side: expected 128 or more with rounding down"),
+        ({"preset": "dino", "window": 8}, ConfigError, "window: frames that are encoded alone have none, got 8"),
         ({"features": "clip"}, ConfigError, "features: expected one of stream, frame, got 'clip'"),
         ({"window": -1}, ConfigError, "window: .*-1"),
         ({"window": 1}, ConfigError, "window: 1 frames cannot hold 1 sinks"),
@@ -361,6 +365,29 @@ def test_a_field_that_cannot_work_is_one_clear_error(config_for, tmp_path, chang
     with pytest.raises(error, match=message):
         propagate(config_for(**{"output": tmp_path / "out"} | changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({}, "set a window"),
+        ({"window": 4}, "set a smaller window"),
+        ({"preset": "dino"}, "set a smaller short_side or frames_per_step"),
+    ],
+)
+def test_a_full_device_is_one_clear_error(config_for, tmp_path, monkeypatch, changes, hint):
+    def masks(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20 GB")
+
+    monkeypatch.setattr(Segmenter, "masks", masks)
+    with pytest.raises(PropagationError, match=f"ran out of memory; .*{hint}"):
+        propagate(config_for(tmp_path, **changes))
+
+
+def test_the_worlds_frames_are_seen_in_their_own_size():
+    assert config_lib.load(f"{CONFIG}:world", {"world.size": 64}).short_side == 64
+    config = config_lib.load(f"{CONFIG}:world", {"short_side": 96})
+    assert (config.short_side, config.world.size) == (96, 192)
 
 
 def test_an_unknown_recipe_is_one_clear_error():

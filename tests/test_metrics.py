@@ -34,6 +34,14 @@ def test_resuming_takes_out_the_steps_that_will_be_done_again(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 10), (20, 20), (30, -30)]
 
 
+def test_a_new_run_begins_with_no_lines(tmp_path):
+    """Where an earlier one was stopped before its first checkpoint, with a score of what it started from."""
+    for loss in (1, 2):
+        with open_writer(tmp_path) as writer:
+            writer.write(0, {"loss": loss})
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
+
+
 def test_a_cut_last_line_is_left_out_and_removed_at_the_next_start(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')

@@ -55,6 +55,16 @@ def test_labels_begin_at_zero_and_what_has_none_is_255(tmp_path, lists):
     assert root == images.root
 
 
+def test_pictures_stay_as_they_are_stored_for_so_do_their_labels(tmp_path):
+    root = write_ade(tmp_path)
+    path = root / "images/validation/ADE_val_00000001.jpg"
+    stored, orientation = Image.open(path), Image.Exif()
+    orientation[0x0112] = 6  # a quarter turn
+    stored.save(path, format="PNG", exif=orientation)
+    picture, labels = open_ade20k(root, "val", incomplete=True).read(1)
+    assert picture.shape[:2] == labels.shape == (32, 51)
+
+
 def test_other_counts_than_the_published_ones_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"ADE20K_object150_train.txt: 4 pictures, the published split has 20,210"):
         open_ade20k(write_ade(tmp_path), "train")
@@ -233,6 +243,7 @@ def test_labels_come_out_at_the_size_of_the_file_and_heads_are_scored_apart(tmp_
         ({"window": 64}, "window: expected at most the short side, 32 pixels, got 64"),
         ({"stride": 33}, "stride: expected 1 to 32 pixels"),
         ({"dropout": 1.0}, "dropout: expected a share"),
+        ({"augmentation": {"scale": (2.0, 1.0)}}, "augmentation.scale: .*expected .smallest, largest."),
     ],
 )
 def test_fields_that_cannot_work_are_named(tmp_path, fields, message):
@@ -246,6 +257,7 @@ def test_presets_are_the_protocols():
     config = recipe("ade20k")
     assert (config.learning_rates, config.steps, config.batch, config.warmup_steps) == ((1e-3,), 40_000, 16, 1_500)
     assert (config.size, config.window, config.stride, config.evaluate_every) == (512, 512, 341, 5_000)
+    assert (config.best_evaluation, config.compute_dtype) == (True, "float32")
     assert config.augmentation.to_dict() == dataclasses.asdict(AdeAugmentation())
 
 

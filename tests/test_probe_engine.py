@@ -18,7 +18,7 @@ from omnistream_jax.evals.probes.imagenet import ImageProbe
 from omnistream_jax.evals.probes.optimizers import Sgd
 from omnistream_jax.evals.probes.schedules import Cosine
 from omnistream_jax.evals.probes.sweep_plots import confusion_matrix, plot_confusion, plot_sweep
-from omnistream_jax.evals.probes.sweep_report import Report, best_of, sweep_table
+from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
 from omnistream_jax.sharding import make_mesh
 
 HEADS = Heads((0.5, 0.05, 2.0), (0.0, 0.01, 0.0))
@@ -247,6 +247,11 @@ def test_a_score_that_is_no_number_is_null_in_json():
     content = report.content(Heads((0.1, 0.2), (0.0, 0.0)))
     assert json.loads(json.dumps(content, allow_nan=False))["heads"][0]["rmse"] is None
     assert content["best"]["head"] == 1
+    stored = json.loads(json.dumps(report.rows(), allow_nan=False))
+    assert stored == [{"step": 5, "scores": [{"rmse": None}, {"rmse": 0.5}]}]
+    again = Report("rmse", False, False)
+    again.add(5, from_json(stored[0]["scores"]))
+    assert (again.best, again.content(Heads((0.1, 0.2), (0.0, 0.0)))) == (1, content)
 
 
 def test_plots_are_pictures(tmp_path):

@@ -316,6 +316,19 @@ def test_fields_that_cannot_work_are_told_by_name(checkpoint, data, tmp_path, ch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("world_objects", {"scenes": 0}, "scenes: 0, expected 1 or more"),
+        ("world_depth", {"augmentation.rotation": -1.0}, "augmentation.rotation: -1.0, expected degrees"),
+    ],
+)
+def test_fields_of_the_embedded_world_are_told_as_such(checkpoint, tmp_path, recipe, changes, message):
+    fields = {"checkpoint": str(checkpoint), "output": str(tmp_path / "out"), "plots": False} | changes
+    with pytest.raises(ConfigError, match=message):
+        probe_lib.build(config_lib.load(f"{CONFIG}:{recipe}", fields))
+
+
 def test_a_model_or_data_that_are_not_there_are_told(checkpoint, data, tmp_path):
     with pytest.raises(WeightsError, match="nowhere"):
         probe_lib.build(imagenet_config(tmp_path / "nowhere", data, tmp_path / "out"))

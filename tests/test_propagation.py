@@ -97,7 +97,7 @@ def drifting(frames=6, height=5, width=4, dimension=6, seed=0):
     ],
 )
 def test_labels_equal_the_protocol_in_float64(settings, fields):
-    features, labels = drifting()
+    features, labels = drifting(width=5)  # a square: its corners lie further apart than its sides are long
     settings = changed(settings, **fields)
     actual = propagated(settings, features, labels)
     np.testing.assert_allclose(actual, reference(settings, features, labels), atol=2e-5)

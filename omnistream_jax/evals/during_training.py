@@ -88,7 +88,7 @@ def _folder(fields: Mapping[str, Any]) -> tuple[LabelledViews, LabelledViews]:
 
 
 def _some(images: LabelledImages, count: int) -> LabelledImages:
-    """A random selection, the same in every run: every class is there in its share."""
+    """A random selection, the same in every run: classes are there in about their shares, rare ones perhaps not."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
     paths, labels = ([of[place] for place in chosen] for of in (images.paths, images.labels))
     return dataclasses.replace(images, paths=tuple(paths), labels=tuple(labels))

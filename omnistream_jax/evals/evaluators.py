@@ -21,6 +21,7 @@ from omnistream_jax.data.probes.labelled import LabelledViews
 from omnistream_jax.evals.probes.imagenet import FEATURES, pooled
 from omnistream_jax.evals.probes.optimizers import Sgd
 from omnistream_jax.evals.probes.schedules import Cosine
+from omnistream_jax.losses.normalize import l2_normalize
 from omnistream_jax.model import Model
 from omnistream_jax.models.probes import LinearClassifier
 
@@ -179,8 +180,8 @@ class LinearEvaluator:
 
 def knn_classes(features: LabelledFeatures, k: int, temperature: float) -> np.ndarray:
     """int [M]: the classes that the weighted votes of the k nearest training features give the test features."""
-    train, labels = _unit(features.train), jnp.asarray(features.train_labels)
-    test = _padded(np.asarray(_unit(features.test)), _SCORED)
+    train, labels = l2_normalize(features.train), jnp.asarray(features.train_labels)
+    test = _padded(np.asarray(l2_normalize(features.test)), _SCORED)
     parts = np.split(test, len(test) // _SCORED)
     found = [np.asarray(_voted(train, labels, part, temperature, k, features.classes)) for part in parts]
     return np.concatenate(found)[: len(features.test_labels)]
@@ -235,18 +236,16 @@ def _read(views: LabelledViews) -> tuple[np.ndarray, np.ndarray]:
 
 def _encode(model: Model, images: np.ndarray) -> np.ndarray:
     """float32 [N, 2 D], CLS and mean, in batches of one size: one program for all."""
-    parts = np.split(_padded(images, _ENCODED), -(-len(images) // _ENCODED))
-    found = [np.asarray(pooled(model.encode(part[:, None], layers=()), "cls+mean")) for part in parts]
+    found = []
+    for start in range(0, len(images), _ENCODED):
+        part = _padded(images[start : start + _ENCODED], _ENCODED)
+        found.append(np.asarray(pooled(model.encode(part[:, None], layers=()), "cls+mean")))
     return np.concatenate(found)[: len(images)]
 
 
 def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
     """Rows of zeros behind, up to a multiple."""
     return np.pad(array, [(0, -len(array) % multiple), *[(0, 0)] * (array.ndim - 1)])
-
-
-def _unit(features: jax.Array) -> jax.Array:
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
 def _check_kind(field: str, kind: str) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from flax import struct
 from PIL import Image
 
+from omnistream_jax.losses.normalize import l2_normalize
+
 NEIGHBOURHOODS = ("square", "circle")
 UPSAMPLINGS = ("bilinear", "nearest")
 FLAT_CHANNELS = ("wins", "loses")
@@ -99,7 +101,7 @@ def begin(settings: Propagation, features: jax.Array, labels: jax.Array | np.nda
         height, *rest = first.shape
         return jnp.zeros((height, 1 + settings.context, *rest), jnp.float32).at[:, 0].set(first)
 
-    return Memory(slots(_unit(features)), slots(jnp.asarray(labels, jnp.float32)), jnp.zeros((), jnp.int32))
+    return Memory(slots(l2_normalize(features)), slots(jnp.asarray(labels, jnp.float32)), jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -114,7 +116,7 @@ def advance(settings: Propagation, memory: Memory, features: jax.Array) -> tuple
     Returns:
       Its labels, float32 [h, w, C], and the memory after it.
     """
-    features = _unit(features)
+    features = l2_normalize(features)
     labels = _handed_on(settings, features, memory)
     count = memory.count + 1
     if settings.context:
@@ -139,16 +141,11 @@ def object_mask(settings: Propagation, labels: jax.Array, patch: int, size: tupl
     return np.asarray(_nearest_mask(labels, rows, columns, wins))
 
 
-def _unit(features: jax.Array) -> jax.Array:
-    features = features.astype(jnp.float32)
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-
-
 def _handed_on(settings: Propagation, query: jax.Array, memory: Memory) -> jax.Array:
     """Row by row of patches, against the rows in reach, so that likenesses take little memory at any size."""
     height, width, dimension = query.shape
     slots, channels = memory.labels.shape[1], memory.labels.shape[-1]
-    radius = settings.radius or max(height, width)
+    radius = settings.radius or height + width  # beyond the corners, in a circle too
     span = min(2 * radius + 1, height)
     filled = jnp.arange(slots) <= memory.count
     columns = jnp.arange(width)[:, None] - jnp.arange(width)  # [w, w]

@@ -91,7 +91,7 @@ class FeatureReader:
       model: the backbone.
       features: "stream": the video is one stream, and every frame sees those before it through the key-value cache;
         "frame": every frame is encoded alone, as an image model does.
-      window, sinks: as for `Model.open_stream`; a window of None sees the whole video.
+      window, sinks: as for `Model.open_stream`; a window of None sees the whole video. Frames alone have none.
       time_unit: frames per unit of time; None takes the model's own.
       frames_per_step: frames that go to the device at once; the result does not depend on it.
 
@@ -111,6 +111,8 @@ class FeatureReader:
             raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {self.features!r}")
         if self.frames_per_step < 1:
             raise ValueError(f"frames_per_step: expected 1 or more, got {self.frames_per_step}")
+        if self.features == "frame" and self.window is not None:
+            raise ValueError(f"window: frames that are encoded alone have none, got {self.window}")
         self._open(self.patch, self.patch)
 
     @property

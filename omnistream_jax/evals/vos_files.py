@@ -7,10 +7,7 @@ FOLDER/pictures/SEQUENCE.png            frames with the true and the predicted m
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from PIL import Image
 from omnistream_jax.data.benchmarks.mask_files import PALETTE, read_mask, write_mask
 from omnistream_jax.data.benchmarks.masked import MaskedSequence
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.evals.result_files import key_of, read_row, write_row
 from omnistream_jax.evals.rows import labelled_row
-from omnistream_jax.utils.files import write_json, written_aside
+from omnistream_jax.utils.files import written_aside
 
 _SHOWN, _TILE = 6, 240  # frames in a picture, and their width in pixels
 _OPACITY = 0.6
@@ -48,18 +46,11 @@ class VosFiles:
         files += [self.picture_path(sequence)] if self.pictures else []
         if not all(path.exists() for path in files):
             return None
-        with contextlib.suppress(FileNotFoundError, ValueError):  # no JSON is not by us: made anew
-            row = json.loads(self._result_path(sequence).read_text(encoding="utf-8"))
-            if isinstance(row, dict) and row.get("key") == self.key(sequence):
-                return row
-        return None
+        return read_row(self._result_path(sequence), self.key(sequence))
 
     def write(self, sequence: MaskedSequence, row: Mapping[str, Any]) -> dict[str, Any]:
         """Stores the numbers of a sequence, whose predictions and picture are there; returns them with the key."""
-        stored, path = {**row, "key": self.key(sequence)}, self._result_path(sequence)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, stored)
-        return stored
+        return write_row(self._result_path(sequence), row, self.key(sequence))
 
     def write_prediction(self, sequence: MaskedSequence, index: int, mask: np.ndarray) -> None:
         """Stores the mask of a frame, uint8 [H, W]."""
@@ -84,8 +75,7 @@ class VosFiles:
 
     def key(self, sequence: MaskedSequence) -> str:
         """sha256 of the settings and of what the sequence is."""
-        parts = [dict(self.settings), sequence.name, sequence.identity()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return key_of(dict(self.settings), sequence.name, sequence.identity())
 
     def _result_path(self, sequence: MaskedSequence) -> Path:
         return self.folder / "results" / f"{sequence.name}.json"
@@ -95,18 +85,20 @@ def read_predictions(folder: Path, sequence: MaskedSequence) -> np.ndarray:
     """uint8 [T, H, W], masks that a program stored as FOLDER/SEQUENCE/NNNNN.png; the first and last need not be there.
 
     Raises:
-      DataError: one is missing, cannot be read or has another size than the frames; the message names it.
+      DataError: one is missing, cannot be read, has another size than the frames, or shows an object that does not
+        exist in a frame that is scored; the message names it.
     """
     masks = np.zeros((len(sequence), *sequence.size), np.uint8)
     for index in range(len(sequence)):
         path = folder / sequence.name / f"{sequence.frame_name(index)}.png"
-        if index in (0, len(sequence) - 1) and not path.exists():
-            continue  # they are not scored, and some programs do not write them
+        scored = 0 < index < len(sequence) - 1
+        if not scored and not path.exists():
+            continue  # some programs do not write them
         mask = read_mask(path)
         if mask.shape != sequence.size:
             expected = f"{sequence.size[1]} x {sequence.size[0]} as the frame has"
             raise DataError(f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, expected {expected}")
-        if mask.max() > sequence.objects:
+        if scored and mask.max() > sequence.objects:
             raise DataError(f"{path}: has object {mask.max()}, expected 0 to {sequence.objects}")
         masks[index] = mask
     return masks

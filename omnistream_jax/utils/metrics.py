@@ -27,7 +27,7 @@ class MetricsWriter:
         workdir: an existing directory.
         total_steps: of the run, for the progress and the time left.
         restored_step: of the checkpoint from which the run goes on, 0 for a new one: what was written of later steps,
-            which will be done again, is removed.
+            which will be done again, is removed; for a new run all that is there.
         terminal_names: the values that the terminal shows, in this order; None shows all.
         terminal: a text stream, standard output by default.
 
@@ -49,7 +49,7 @@ class MetricsWriter:
         path = Path(workdir) / "metrics.jsonl"
         _truncate(path, restored_step)
         self._lines = path.open("ab", buffering=0)
-        self._board = Board(Path(workdir) / "tensorboard", purge_step=restored_step + 1)
+        self._board = Board(Path(workdir) / "tensorboard", purge_step=restored_step + 1 if restored_step else 0)
 
     def write(self, step: int, values: Mapping[str, float], speed: Speed | None = None) -> None:
         """One step's values, by name, and how fast the steps since the last line were.
@@ -125,10 +125,10 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float | None]]:
 
 
 def _truncate(path: Path, restored_step: int) -> None:
-    """Takes the steps past `restored_step`, and a last line that was cut, out of the file; whole, or not at all."""
+    """Takes the steps past `restored_step` (0: all), and a last line that was cut, out; whole, or not at all."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= restored_step]
+    kept = [row for row in read_metrics(path) if restored_step and row["step"] <= restored_step]
     with written_aside(path) as aside:
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
 

@@ -68,7 +68,7 @@ class AdeImages:
         Raises:
           DataError: a file is missing or damaged, their sizes differ, or a label is above 150.
         """
-        picture = read_image(self.describe(index))
+        picture = read_image(self.describe(index), upright=False)  # as DINOv3; labels lie on it as it is stored
         path = _labels_path(self.root, self.names[index])
         labels = _read_labels(path)
         if labels.shape != picture.shape[:2]:

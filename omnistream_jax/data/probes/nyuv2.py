@@ -64,7 +64,7 @@ class NyuImages:
           DataError: a file is missing, damaged, or of another size.
         """
         picture_path, depth_path = self.pairs[index]
-        picture, depth = read_image(picture_path), read_png16(depth_path)
+        picture, depth = read_image(picture_path, upright=False), read_png16(depth_path)
         for path, found in ((picture_path, picture.shape), (depth_path, depth.shape)):
             if found[:2] != tuple(self.size):
                 raise DataError(

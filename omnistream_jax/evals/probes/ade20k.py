@@ -22,9 +22,9 @@ from omnistream_jax.evals.probes.base import Encode, Evaluation, Variables
 from omnistream_jax.evals.probes.dense import (
     DenseProbe,
     all_heads,
+    augmentation_of,
     heads_of,
     patch_features,
-    plain,
     run_batched,
 )
 from omnistream_jax.evals.probes.dense_plots import SegmentationExample, plot_segmentation
@@ -53,6 +53,7 @@ class SegmentationProbe(DenseProbe):
         window: side of the sliding window, in pixels.
         stride: from window to window, in pixels.
         loss_mean: "all": the sum over labelled pixels is divided by the number of all, as in DINOv3; "labelled".
+        best_evaluation: as of `Probe`; so in DINOv3.
     """
 
     head: LinearSegmentation
@@ -61,8 +62,8 @@ class SegmentationProbe(DenseProbe):
     window: int
     stride: int
     loss_mean: str
+    best_evaluation: bool = True
     score: ClassVar[str] = "miou"
-    best_evaluation: ClassVar[bool] = True
 
     def loss(
         self, variables: Variables, features: jax.Array, batch: Mapping[str, jax.Array], step: jax.Array, key: jax.Array
@@ -238,9 +239,10 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> SegmentationProbe:
         head=LinearSegmentation(CLASSES, config.dropout),
         patch_size=backbone.patch_size,
         evaluate_batch=config.evaluate_batch,
-        train=AdeData((train,), config.batch, augmentation=AdeAugmentation(**plain(config.augmentation))),
+        train=AdeData((train,), config.batch, augmentation=augmentation_of(config, AdeAugmentation)),
         view=AdeView(heldout, config.size),
         window=config.window,
         stride=config.stride,
         loss_mean=config.loss_mean,
+        best_evaluation=config.best_evaluation,
     )

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,14 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals.probes.base import Encode, HeadOptimizer, Heads, Probe, Variables
 from omnistream_jax.evals.probes.engine import batched
 from omnistream_jax.evals.probes.schedules import WarmupOneCycle
 from omnistream_jax.models.probes import pad_to_patches
 from omnistream_jax.ops.images import normalize_frames
+
+AugmentationT = TypeVar("AugmentationT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,11 @@ def heads_of(config: ConfigDict) -> Heads:
     return Heads.sweep(config.learning_rates, config.weight_decays, scale)
 
 
-def plain(fields: ConfigDict) -> dict[str, Any]:
-    """A group of a config's fields, lists as tuples."""
-    return {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in fields.items()}
+def augmentation_of(config: ConfigDict, kind: type[AugmentationT]) -> AugmentationT:
+    """What `config.augmentation` says, lists as tuples. Raises ValueError that names a field that does not fit."""
+    fields = config.augmentation.items()
+    fields = {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in fields}
+    try:
+        return kind(**fields)
+    except DataError as error:
+        raise ValueError(f"augmentation.{error}") from error

@@ -23,9 +23,9 @@ from omnistream_jax.evals.probes.base import Encode, Evaluation, Variables
 from omnistream_jax.evals.probes.dense import (
     DenseProbe,
     all_heads,
+    augmentation_of,
     heads_of,
     patch_features,
-    plain,
     run_batched,
 )
 from omnistream_jax.evals.probes.dense_plots import DepthExample, plot_depth
@@ -186,7 +186,7 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> DepthProbe:
         head=LinearDepth(config.bins, config.min_depth, config.max_depth),
         patch_size=backbone.patch_size,
         evaluate_batch=config.evaluate_batch,
-        train=DepthData((train,), config.batch, augmentation=DepthAugmentation(**plain(config.augmentation))),
+        train=DepthData((train,), config.batch, augmentation=augmentation_of(config, DepthAugmentation)),
         train_view=DepthView(train),
         view=DepthView(heldout),
         images_per_loss=config.images_per_loss,

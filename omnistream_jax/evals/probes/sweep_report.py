@@ -15,6 +15,16 @@ def best_of(scores: Scores, score: str, higher_is_better: bool) -> int:
     return max(range(len(values)), key=lambda head: -math.inf if math.isnan(values[head]) else values[head])
 
 
+def _to_json(scores: Scores) -> list[dict[str, Any]]:
+    """Null where a value is no finite number, which JSON does not know."""
+    return [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in scores]
+
+
+def from_json(scores: Sequence[Mapping[str, float | None]]) -> Scores:
+    """Scores as `Report.rows` wrote them, NaN for null."""
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in scores]
+
+
 class Report:
     """Evaluations by step, and what of them is reported.
 
@@ -55,8 +65,12 @@ class Report:
         """JSON values: the best head and all others, each with its learning rate, weight decay and scores."""
         pairs = zip(heads.learning_rates, heads.weight_decays, self.scores, strict=True)
         rows = [{"learning_rate": rate, "weight_decay": decay, **scores} for rate, decay, scores in pairs]
-        rows = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in rows]
+        rows = _to_json(rows)
         return {"step": self.step, "best": {"head": self.best, **rows[self.best]}, "heads": rows}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """JSON values: all evaluations, each with its step and the scores of all heads; `from_json` reads them."""
+        return [row | {"scores": _to_json(row["scores"])} for row in self.evaluations]
 
     @property
     def _reported(self) -> dict[str, Any]:
