@@ -237,6 +237,7 @@ def _action(
     config.evaluate_every = epoch_steps
     config.evaluate_batch = 8
     config.encode_batch = 64
+    config.heads_at_once = 1  # a head sees all clips' tokens: 20 side by side do not fit an accelerator
     _attentive(config, probe_heads=16, probe_depth=4, rand_augment="rand-m7-n4-mstd0.5-inc1", erase_probability=0.25)
 
 
@@ -330,12 +331,12 @@ def _world_motion(config: ConfigDict) -> None:
     """Attentive probe on what the moving thing of a rendered scene does: 11 classes, which time alone tells apart."""
     _world(config)
     config.probe = "action"
-    config.update({"learning_rates": (3e-3, 1e-3, 3e-4), "weight_decays": (0.01,), "steps": 600, "batch": 32})
+    config.update({"learning_rates": (3e-3, 1e-3), "weight_decays": (0.01,), "steps": 800, "batch": 32})
     config.warmup_steps = 0
     config.augment = False
     config.size = 32  # of a frame, in pixels
     config.frames = 8  # of a clip, spread over the whole motion
-    config.scenes = 1_100  # of the world's train part
+    config.scenes = 2_200  # of the world's train part
     config.heldout_scenes = 550
     config.world_seed = 0
     config.validation_seed = 0  # draws the order of the frames, where they are shuffled

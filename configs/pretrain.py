@@ -6,7 +6,7 @@
                 the package. A CPU of 2 cores, 5 to 6 minutes, 2 GB. It promises pictures, not quality. Writes
                 runs/quickstart.
 learn           What is learned of geometry from the rendered scenes in a quarter of an hour on 2 cores: scores on
-                held-out scenes in the last line of runs/learn/metrics.jsonl.
+                held-out scenes in the last line of runs/learn/metrics.jsonl (docs/learning.md).
 learn_captions  The same of descriptions, boxes and answers about rendered pictures; not yet run to its end.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from all that stage 1 has trained:

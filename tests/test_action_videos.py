@@ -317,6 +317,16 @@ def test_published_layouts_are_read_without_lists(tmp_path):
     assert next(val.clips(0, Sampling(1, 2, 2), _rng())).shape == (2, 32, 48, 3)
 
 
+def test_splits_that_number_their_classes_differently_are_refused(tmp_path):
+    clip = _frames(4)
+    for split, names in (("train", "ab"), ("val", "bc")):
+        for name in names:
+            write_clip(tmp_path / split / name / "0.mp4", clip, size=(32, 24))
+    train, val = (_open(tmp_path, split, "k400", 3) for split in ("train", "val"))
+    with pytest.raises(DataError, match=r"have other classes, such as a, c; expected the same"):
+        check_same_names(train, val)
+
+
 def test_data_that_do_not_fit_are_refused_in_one_message(tmp_path):
     folder = _write_lists(tmp_path, 3, 2, frames=2)
     with pytest.raises(

@@ -68,7 +68,7 @@ class ActionVideos:
 
     Attributes:
       videos: where they lie, and their labels.
-      classes: names; numbers where no names are published.
+      classes: names of those that are there; all numbers where no names are published.
       folder: of the data set.
       expected: how many videos are published, None where nobody says.
     """
@@ -142,7 +142,7 @@ def open_action_videos(
             f"{where}: {len(videos):,} videos of {found} classes, expected {count}{classes} classes; "
             "allow_incomplete=True takes them as they are"
         )
-    names = videos.labels if len(videos.labels) == classes else tuple(map(str, range(classes)))
+    names = videos.labels or tuple(map(str, range(classes)))
     return ActionVideos(videos, names, str(folder), expected)
 
 
@@ -160,7 +160,8 @@ def check_same_names(train: ActionSource, validation: ActionSource) -> None:
     """Raises DataError where two splits number their classes differently."""
     if train.classes != validation.classes:
         odd = sorted(set(train.classes) ^ set(validation.classes))[:3]
-        raise DataError(f"{train.name} and {validation.name} have other classes, such as {', '.join(odd)}")
+        what = f"have other classes, such as {', '.join(odd)}" if odd else "have their classes in another order"
+        raise DataError(f"{train.name} and {validation.name} {what}; expected the same, so that labels mean the same")
 
 
 def shuffled(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
