@@ -23,7 +23,7 @@ from omnistream_jax.convert.files import WeightsError, fingerprint
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals import figures, paper_tables
 from omnistream_jax.evals.probes import action, ade20k, imagenet, nyuv2
-from omnistream_jax.evals.probes.base import Encode, Evaluation, Probe
+from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Probe
 from omnistream_jax.evals.probes.engine import ProbeState, Trainer, init_state, make_encode, read_all
 from omnistream_jax.evals.probes.steps import FeatureSteps, FrameSteps
 from omnistream_jax.evals.probes.sweep_plots import plot_sweep
@@ -152,7 +152,7 @@ def build(config: ConfigDict) -> Job:
         if config.benchmark:
             paper_tables.published(config.benchmark)
     except DataError as error:
-        if config.data == imagenet.EMBEDDED:  # nothing but fields can be wrong
+        if config.data == EMBEDDED:  # nothing but fields can be wrong
             raise ConfigError(str(error)) from error
         raise
     except WeightsError:

@@ -19,14 +19,13 @@ from omnistream_jax.data.pipeline import build_pipeline
 from omnistream_jax.data.probes import rand_augment
 from omnistream_jax.data.probes.action import ActionData, ActionViews, check_same_names, open_action_videos
 from omnistream_jax.data.probes.clip_views import (
-    DEVIATION,
-    MEAN,
     Sampling,
     SpatialViews,
     TrainingView,
     resize_short_side,
     segment_indices,
 )
+from omnistream_jax.data.probes.colours import DEVIATION, MEAN
 from omnistream_jax.data.probes.rand_augment import RandAugment, apply_changes, erase_box, parse_rand_augment
 from omnistream_jax.data.probes.world_motion import open_world_motion
 from omnistream_jax.ops.images import normalize_frames

@@ -25,7 +25,7 @@ from omnistream_jax.data.probes.ade20k import (
     resize_short_side,
     short_side_size,
 )
-from omnistream_jax.data.probes.depth import DEVIATION, MEAN
+from omnistream_jax.data.probes.colours import DEVIATION, MEAN
 from omnistream_jax.evals.probes import ade20k
 from omnistream_jax.probe import probe
 

@@ -14,7 +14,8 @@ from dense_probe_cases import PIXELS, recipe, see_pixels, stacked, write_nyu
 from PIL import Image
 
 from omnistream_jax.data.errors import DataError
-from omnistream_jax.data.probes.depth import DEVIATION, MEAN, DepthAugmentation, DepthData, rotate
+from omnistream_jax.data.probes.colours import DEVIATION, MEAN
+from omnistream_jax.data.probes.depth import DepthAugmentation, DepthData, rotate
 from omnistream_jax.data.probes.nyuv2 import open_nyuv2
 from omnistream_jax.evals.probes import nyuv2
 from omnistream_jax.ops.images import IMAGENET_MEAN, IMAGENET_STD

@@ -22,7 +22,7 @@ from omnistream_jax.data.errors import DataError, require_field
 from omnistream_jax.data.images import MAX_PIXELS, read_image
 from omnistream_jax.data.mixture import MixtureData
 from omnistream_jax.data.opencv import cv2
-from omnistream_jax.data.probes.depth import DEVIATION, MEAN
+from omnistream_jax.data.probes.colours import DEVIATION, MEAN
 from omnistream_jax.data.readers.files import read_lines, reading
 
 FOLDERS = {"train": "training", "val": "validation"}

@@ -11,12 +11,11 @@ import numpy as np
 
 from omnistream_jax.data.errors import require_field
 from omnistream_jax.data.opencv import cv2
+from omnistream_jax.data.probes.colours import DEVIATION, MEAN
 from omnistream_jax.data.probes.images import random_resized_box
 from omnistream_jax.data.probes.rand_augment import RandAugment, apply_changes, erase_box
 
 WINDOWS = ("random", "middle")
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet's, as ops/images.py has them, which data may not import
-DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,8 @@ import numpy as np
 from omnistream_jax.data.errors import DataError, require_field
 from omnistream_jax.data.mixture import MixtureData
 from omnistream_jax.data.opencv import cv2
+from omnistream_jax.data.probes.colours import DEVIATION, MEAN
 
-# ImageNet's, as in ops/images.py, which names jax.
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 NYU_CROP = (43, 45, 608, 472)
 
 

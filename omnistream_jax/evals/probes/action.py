@@ -29,17 +29,14 @@ from omnistream_jax.data.probes.action import (
 from omnistream_jax.data.probes.clip_views import Sampling, SpatialViews, TrainingView
 from omnistream_jax.data.probes.rand_augment import parse_rand_augment
 from omnistream_jax.data.probes.world_motion import open_world_motion
-from omnistream_jax.evals.probes.base import Encode, Evaluation, Heads, Probe, Variables
+from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Heads, Probe, Variables, heads_of
+from omnistream_jax.evals.probes.classes import TOP, class_evaluation
 from omnistream_jax.evals.probes.engine import batched
 from omnistream_jax.evals.probes.optimizers import AdamW
 from omnistream_jax.evals.probes.schedules import Cosine
-from omnistream_jax.evals.probes.sweep_plots import confusion_matrix, plot_confusion
 from omnistream_jax.models.attentive_probe import AttentiveProbe
 from omnistream_jax.models.backbone import default_dtype
 from omnistream_jax.models.presets import BackboneConfig
-
-EMBEDDED = "embedded"
-_TOP = 5
 
 
 def video_tokens(encode: Encode, frames: jax.Array, segments: int) -> jax.Array:
@@ -147,33 +144,15 @@ class ActionProbe(Probe):
         return ActionViews(self.heldout, self.sampling, self.views, self.shuffle_frames, self.validation_seed)
 
     def evaluate(self, encode: Encode, variables: Variables, samples: Iterable[dict[str, np.ndarray]]) -> Evaluation:
-        """Top-1 accuracy of each head, and top-5 where there are more than 5 classes; the best head's confusion."""
+        """As `class_evaluation`."""
         scorer = _Scorer(self.head, self.sampling.segments, self.views.views, self.heads_at_once)
         ranked, labels = [], []
         for batch, real in batched(samples, self.evaluate_batch):
             probabilities = np.asarray(_probabilities(scorer, encode, variables, batch["frames"]))[:, real]
-            ranked.append(np.argsort(-probabilities, axis=-1, kind="stable")[..., :_TOP])
+            ranked.append(np.argsort(-probabilities, axis=-1, kind="stable")[..., :TOP])
             labels.append(np.asarray(batch["label"])[real])
         ranked, labels = np.concatenate(ranked, axis=1), np.concatenate(labels)
-        scores = top_scores(ranked, labels, self.head.classes)
-        best = int(np.argmax([row["top1"] for row in scores]))
-        matrix = confusion_matrix(labels, ranked[best, :, 0], self.head.classes)
-        return Evaluation(scores, {"confusion": partial(plot_confusion, matrix, self.heldout.classes)})
-
-
-def top_scores(ranked: np.ndarray, labels: np.ndarray, classes: int) -> list[dict[str, float]]:
-    """Accuracy of each head, as shares of all samples.
-
-    Args:
-        ranked: [H, N, K], classes by falling probability; K is at least 5 where there are more than 5 classes.
-        labels: [N].
-        classes: how many there are.
-    """
-    hits = ranked == labels[:, None]
-    scores = [{"top1": float(head[:, 0].mean())} for head in hits]
-    if classes > _TOP:
-        scores = [row | {f"top{_TOP}": float(head.any(1).mean())} for row, head in zip(scores, hits, strict=True)]
-    return scores
+        return class_evaluation(ranked, labels, self.heldout.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +202,8 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ActionProbe:
         raise ValueError(f"probe_depth: expected 1 block or more, got {config.probe_depth}")
     train, heldout = _sources(config)
     head, start = _head(config, backbone, len(heldout.classes))
-    scale = config.batch / config.learning_rate_batch if config.learning_rate_batch else 1.0
     return ActionProbe(
-        heads=Heads.sweep(config.learning_rates, config.weight_decays, scale),
+        heads=heads_of(config),
         steps=config.steps,
         batch=config.batch,
         schedule=Cosine(config.steps, config.warmup_steps, lead=1),

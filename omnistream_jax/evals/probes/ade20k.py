@@ -18,12 +18,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from omnistream_jax.data.probes.ade20k import CLASSES, IGNORED, AdeAugmentation, AdeData, AdeView, open_ade20k
-from omnistream_jax.evals.probes.base import Encode, Evaluation, Variables
+from omnistream_jax.evals.probes.base import Encode, Evaluation, Variables, heads_of
 from omnistream_jax.evals.probes.dense import (
     DenseProbe,
     all_heads,
     augmentation_of,
-    heads_of,
     patch_features,
     run_batched,
 )

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from omnistream_jax.data.pipeline import TaskData
 from omnistream_jax.models.backbone import BackboneOutput
@@ -30,6 +31,10 @@ Encode = Callable[[jax.Array], BackboneOutput]
 The engine's is a pytree (jax.tree_util.Partial) whose leaves are the weights: hand it to a function under jit as an
 argument, for what such a function closes over is compiled into its program.
 """
+
+
+EMBEDDED = "embedded"
+"""As `config.data`: the rendered world that comes with the package."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +68,12 @@ class Heads:
         """Every learning rate, times `scale`, with every weight decay; the weight decays of one learning rate first."""
         pairs = [(scale * rate, decay) for rate in learning_rates for decay in weight_decays]
         return cls(tuple(rate for rate, _ in pairs), tuple(decay for _, decay in pairs))
+
+
+def heads_of(config: ConfigDict) -> Heads:
+    """Every learning rate of a config, scaled by its batch, with every weight decay."""
+    scale = config.batch / config.learning_rate_batch if config.learning_rate_batch else 1.0
+    return Heads.sweep(config.learning_rates, config.weight_decays, scale)
 
 
 class HeadOptimizer(Protocol):

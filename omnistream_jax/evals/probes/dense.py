@@ -104,12 +104,6 @@ def run_batched(
             yield things.popleft(), row
 
 
-def heads_of(config: ConfigDict) -> Heads:
-    """Every learning rate of a config with every weight decay."""
-    scale = config.batch / config.learning_rate_batch if config.learning_rate_batch else 1.0
-    return Heads.sweep(config.learning_rates, config.weight_decays, scale)
-
-
 def augmentation_of(config: ConfigDict, kind: type[AugmentationT]) -> AugmentationT:
     """What `config.augmentation` says, lists as tuples. Raises ValueError that names a field that does not fit."""
     fields = config.augmentation.items()

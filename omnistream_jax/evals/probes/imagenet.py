@@ -24,18 +24,16 @@ from omnistream_jax.data.probes.labelled import (
     check_same_classes,
     image_folder,
 )
-from omnistream_jax.evals.probes.base import Encode, Evaluation, Heads, Probe, Variables
+from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Heads, Probe, Variables, heads_of
+from omnistream_jax.evals.probes.classes import TOP, class_evaluation
 from omnistream_jax.evals.probes.engine import batched
 from omnistream_jax.evals.probes.optimizers import Sgd
 from omnistream_jax.evals.probes.schedules import Cosine
-from omnistream_jax.evals.probes.sweep_plots import confusion_matrix, plot_confusion
 from omnistream_jax.models.backbone import BackboneOutput
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.probes import LinearClassifier
 
-EMBEDDED = "embedded"
 FEATURES = ("cls+mean", "cls", "mean")
-_TOP = 5
 
 
 def pooled(out: BackboneOutput, kind: str) -> jax.Array:
@@ -115,22 +113,14 @@ class ImageProbe(Probe):
         return LabelledViews(self.heldout, self.resize, self.size)
 
     def evaluate(self, encode: Encode, variables: Variables, samples: Iterable[dict[str, np.ndarray]]) -> Evaluation:
-        """Top-1 accuracy of each head, and top-5 where there are more than 5 classes; the best head's confusion."""
+        """As `class_evaluation`."""
         ranked, labels = [], []
         for batch, real in batched(samples, self.evaluate_batch):
             top = _ranked(self, encode, variables, batch["frames"])
             ranked.append(np.asarray(top)[:, real])
             labels.append(np.asarray(batch["label"])[real])
         ranked, labels = np.concatenate(ranked, axis=1), np.concatenate(labels)
-        hits = ranked == labels[:, None]  # [H, N, top]
-        scores = [{"top1": float(head[:, 0].mean())} for head in hits]
-        classes = len(self.heldout.classes)
-        if classes > _TOP:
-            scores = [row | {"top5": float(head.any(1).mean())} for row, head in zip(scores, hits, strict=True)]
-        best = int(np.argmax([row["top1"] for row in scores]))
-        matrix = confusion_matrix(labels, ranked[best, :, 0], classes)
-        draw = partial(plot_confusion, matrix, self.heldout.classes)
-        return Evaluation(scores, {"confusion": lambda path: draw(path=path)})
+        return class_evaluation(ranked, labels, self.heldout.classes)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -138,7 +128,7 @@ def _ranked(probe: ImageProbe, encode: Encode, variables: Variables, frames: jax
     """int32 [H, N, 5 or all]: each head's classes, the likeliest first; of equals the first."""
     features = probe.features(encode, frames)
     logits = jax.vmap(lambda head: probe.head.apply(head, features))(variables)
-    return jax.lax.top_k(logits, min(_TOP, logits.shape[-1]))[1]
+    return jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
 
 
 def build(config: ConfigDict, backbone: BackboneConfig) -> ImageProbe:
@@ -155,9 +145,8 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ImageProbe:
     if config.resize < config.size:
         raise ValueError(f"resize: expected size ({config.size}) or more, got {config.resize}")
     train, heldout = _sources(config)
-    scale = config.batch / config.learning_rate_batch if config.learning_rate_batch else 1.0
     return ImageProbe(
-        heads=Heads.sweep(config.learning_rates, config.weight_decays, scale),
+        heads=heads_of(config),
         steps=config.steps,
         batch=config.batch,
         schedule=Cosine(config.steps, config.warmup_steps),

@@ -19,12 +19,11 @@ from omnistream_jax.data.probes.depth import DepthAugmentation, DepthData, Depth
 from omnistream_jax.data.probes.nyuv2 import open_nyuv2
 from omnistream_jax.data.probes.world_depth import open_world_depth
 from omnistream_jax.evals.image_depth_metrics import ImageDepthMetrics, image_depth_metrics, mean_of_images
-from omnistream_jax.evals.probes.base import Encode, Evaluation, Variables
+from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Variables, heads_of
 from omnistream_jax.evals.probes.dense import (
     DenseProbe,
     all_heads,
     augmentation_of,
-    heads_of,
     patch_features,
     run_batched,
 )
@@ -36,7 +35,6 @@ from omnistream_jax.losses.sig import grouped_sig_loss
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.probes import LinearDepth, resize_bilinear
 
-EMBEDDED = "embedded"
 CROPS = ("eigen", "none")
 _SHOWN = 4  # samples in the picture
 _DIVERGED = ImageDepthMetrics(math.nan, math.nan, math.nan)

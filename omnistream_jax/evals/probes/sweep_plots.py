@@ -37,17 +37,11 @@ def plot_sweep(heads: Heads, scores: Sequence[Mapping[str, float]], score: str, 
     save_figure(figure, path)
 
 
-def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [classes, classes]: how many of each class (row) were taken for each (column)."""
-    pairs = labels.astype(np.int64) * classes + predictions
-    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None:
     """Writes a PNG: the share of each class (row) that was taken for each (column).
 
     Args:
-        matrix: [C, C] of `confusion_matrix`.
+        matrix: [C, C] of `segmentation_metrics.confusion_matrix`.
         names: of the C classes; written where they are few.
         path: written aside, then renamed; its folder exists.
     """
