@@ -39,7 +39,6 @@ def make_probe(rates: tuple[float, ...], classes: int, batch: int, size: int) ->
     none = NoPictures(tuple(map(str, range(classes))))
     return ImageProbe(
         heads=Heads.sweep(rates, (0.0,), batch / 256),
-        steps=12_500,
         batch=batch,
         schedule=Cosine(12_500),
         optimizer=Sgd(0.9),

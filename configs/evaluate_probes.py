@@ -237,6 +237,8 @@ def _action(
     config.evaluate_every = epoch_steps
     config.evaluate_batch = 8
     config.encode_batch = 64
+    # A batch of k400 takes 13 GB of the host's memory, of ssv2 3 GB, and each worker makes whole ones, one ahead.
+    config.loader.update({"workers": 4, "prefetch": 1})
     config.heads_at_once = 1  # a head sees all clips' tokens: 20 side by side do not fit an accelerator
     _attentive(config, probe_heads=16, probe_depth=4, rand_augment="rand-m7-n4-mstd0.5-inc1", erase_probability=0.25)
 

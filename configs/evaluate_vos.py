@@ -94,7 +94,7 @@ def get_config(recipe: str = "davis2017") -> ConfigDict:
 
     config.window = 0  # frames that a frame of a stream sees, its own and the sinks included; 0: all
     config.sinks = 1  # first frames of a stream that stay visible for ever (with a window)
-    config.time_unit = 0.0  # frame t has the time coordinate t / time_unit; 0: the model's own, 16 as released
+    config.time_unit = 0.0  # frame t of a stream has the time t / time_unit; 0: the model's own, 16 as released
     config.frames_per_step = 1  # frames that go to the device at once; changes speed and rounding only
     config.compute_dtype = "auto"  # of the activations; auto: bfloat16 on accelerators, float32 on a CPU
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
@@ -25,6 +24,7 @@ from omnistream_jax.evals.geometry_stream import SequenceStreamer
 from omnistream_jax.evals.result_files import ResultFiles, made_by
 from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
 from omnistream_jax.geometry_model import CONFIG_NAME, WEIGHTS_NAME, load_geometry
+from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
 
@@ -146,12 +146,9 @@ def _results(job: Job, benchmark: Benchmark, skip: set[str]) -> Iterator[DepthRe
 @contextlib.contextmanager
 def _explained(job: Job) -> Iterator[None]:
     """What can go wrong outside the program as an EvaluationError."""
+    hint = "a smaller window, long_side or frames_per_step" if job.config.window else "a window"
     try:
-        yield
+        with full_device_told(EvaluationError, hint):
+            yield
     except OSError as error:
         raise EvaluationError(f"{job.files.folder}: the evaluation cannot go on ({error})") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        hint = "a smaller window, long_side or frames_per_step" if job.config.window else "a window"
-        raise EvaluationError(f"the device ran out of memory; set {hint}") from error

@@ -37,6 +37,7 @@ from omnistream_jax.model import Model
 from omnistream_jax.reconstruction.files import ReconstructionError
 from omnistream_jax.stream import Stream
 from omnistream_jax.utils.compilation import CompileCounter, Compiled
+from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
 
@@ -288,18 +289,15 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 @contextlib.contextmanager
 def _explained(job: Job) -> Iterator[None]:
     """What can go wrong outside the program as a LiveError."""
+    hint = "a smaller window" if job.config.window else "a window"
+    hint += "" if job.question is None else ", or fewer answer.max_frames"
     try:
-        yield
+        with full_device_told(LiveError, hint):
+            yield
     except ReconstructionError as error:
         raise LiveError(str(error)) from error
     except (OSError, av.FFmpegError) as error:
         raise LiveError(f"{job.output}: cannot be written ({error})") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        hint = "a smaller window" if job.config.window else "a window"
-        hint += "" if job.question is None else ", or fewer answer.max_frames"
-        raise LiveError(f"the device ran out of memory; set {hint}") from error
 
 
 def _say(line: str) -> None:

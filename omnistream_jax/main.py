@@ -13,6 +13,7 @@ Exit status, of all processes of a run where one fails:
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,6 +37,7 @@ WORKDIR = flags.DEFINE_string(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Of a run of many processes: HOST:PORT where process 0 listens.")
 PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes the run has.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+Job = Callable[[ConfigDict, Launch | None], int | None]
 # Told without a trace.
 EXPLAINED = (
     CheckpointError,
@@ -98,54 +100,27 @@ def _extract(config: ConfigDict, launch: Launch | None) -> int:
     return extract.extract(config, launch.index, launch.count)
 
 
-def _stream(config: ConfigDict, launch: Launch | None) -> None:
-    if WORKDIR.present:
-        raise ConfigError("workdir: a stream writes to --config.output=DIR")
-    _alone("stream", launch)
-    live.stream(config)
+def _in_one_process(job: str, run: Callable[[ConfigDict], int | None], writes: str) -> Job:
+    """A job that knows no workdir and no other processes."""
+
+    def start(config: ConfigDict, launch: Launch | None) -> int | None:
+        if WORKDIR.present:
+            raise ConfigError(f"workdir: {writes}")
+        if launch is not None and launch.count not in (None, 1):
+            raise ConfigError(f"job {job}: works in one process, got {launch.count} by {launch.launcher}")
+        return run(config)
+
+    return start
 
 
-def _evaluate(config: ConfigDict, launch: Launch | None) -> int:
-    if WORKDIR.present:
-        raise ConfigError("workdir: an evaluation writes to --config.output=DIR")
-    _alone("evaluate", launch)
-    return evaluate.evaluate(config)
-
-
-def _probe(config: ConfigDict, launch: Launch | None) -> int:
-    if WORKDIR.present:
-        raise ConfigError("workdir: a probe writes to --config.output=DIR")
-    _alone("probe", launch)
-    return probe.probe(config)
-
-
-def _propagate(config: ConfigDict, launch: Launch | None) -> None:
-    if WORKDIR.present:
-        raise ConfigError("workdir: a propagation writes to --config.output=DIR")
-    _alone("propagate", launch)
-    propagate.propagate(config)
-
-
-def _plan(config: ConfigDict, launch: Launch | None) -> None:
-    if WORKDIR.present:
-        raise ConfigError("workdir: a plan writes nothing but to the terminal")
-    _alone("plan", launch)
-    plan.plan(config)
-
-
-def _alone(job: str, launch: Launch | None) -> None:
-    if launch is not None and launch.count not in (None, 1):
-        raise ConfigError(f"job {job}: works in one process, got {launch.count} by {launch.launcher}")
-
-
-JOBS = {
+JOBS: dict[str, Job] = {
     "train": _train,
     "extract": _extract,
-    "stream": _stream,
-    "evaluate": _evaluate,
-    "probe": _probe,
-    "propagate": _propagate,
-    "plan": _plan,
+    "stream": _in_one_process("stream", live.stream, "a stream writes to --config.output=DIR"),
+    "evaluate": _in_one_process("evaluate", evaluate.evaluate, "an evaluation writes to --config.output=DIR"),
+    "probe": _in_one_process("probe", probe.probe, "a probe writes to --config.output=DIR"),
+    "propagate": _in_one_process("propagate", propagate.propagate, "a propagation writes to --config.output=DIR"),
+    "plan": _in_one_process("plan", plan.plan, "a plan writes nothing but to the terminal"),
 }
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from omnistream_jax.evals.probes.sweep_plots import plot_sweep
 from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
 from omnistream_jax.model import load
 from omnistream_jax.sharding import batch_shards, make_mesh
+from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
 from omnistream_jax.utils.metrics import MetricsWriter
@@ -310,13 +311,9 @@ def _read_report(job: Job, start: int) -> Report:
 def _explained(job: Job) -> Iterator[None]:
     """What can go wrong outside the program as a ProbeError."""
     try:
-        yield
+        with full_device_told(ProbeError, "a smaller encode_batch, evaluate_batch or heads_at_once"):
+            yield
     except KeyboardInterrupt:
         raise ProbeError("stopped; the same command goes on from the last checkpoint") from None
     except OSError as error:
         raise ProbeError(f"{job.output}: the run cannot go on ({error})") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        hint = "a smaller encode_batch, evaluate_batch or heads_at_once"
-        raise ProbeError(f"the device ran out of memory; set {hint}") from error

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import omnistream_jax
 from omnistream_jax import config as config_lib
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError, fingerprint
@@ -29,6 +27,8 @@ from omnistream_jax.evals.result_files import made_by
 from omnistream_jax.evals.text_table import aligned
 from omnistream_jax.evals.video_segmentation import FeatureReader, FrameRule, segment
 from omnistream_jax.evals.vos_files import VosFiles, read_predictions
+from omnistream_jax.model import load
+from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
 
@@ -130,7 +130,7 @@ def _segmenter(config: ConfigDict, fields: Mapping[str, Any], videos: MaskedVide
     try:
         rule, propagation = part(FrameRule), part(Propagation)
         dtype = None if config.compute_dtype == "auto" else config.compute_dtype
-        model = omnistream_jax.load(config.checkpoint, dtype=dtype)
+        model = load(config.checkpoint, dtype=dtype)
         stream = {"window": config.window or None, "sinks": config.sinks, "time_unit": config.time_unit or None}
         reader = FeatureReader(model, fields["features"], frames_per_step=config.frames_per_step, **stream)
         rule.check(reader.patch)
@@ -254,14 +254,11 @@ def _table(job: Job, rows: Mapping[str, Mapping[str, Any]], content: Mapping[str
 @contextlib.contextmanager
 def _explained(job: Job) -> Iterator[None]:
     """What can go wrong outside the program as a PropagationError."""
+    hint = "a smaller short_side or frames_per_step"
+    if job.files.settings.get("features") == "stream":
+        hint = "a smaller window, short_side or frames_per_step" if job.config.window else "a window"
     try:
-        yield
+        with full_device_told(PropagationError, hint):
+            yield
     except OSError as error:
         raise PropagationError(f"{job.files.folder}: the evaluation cannot go on ({error})") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        hint = "a smaller short_side or frames_per_step"
-        if job.files.settings.get("features") == "stream":
-            hint = "a smaller window, short_side or frames_per_step" if job.config.window else "a window"
-        raise PropagationError(f"the device ran out of memory; set {hint}") from error

@@ -54,7 +54,6 @@ class Reader(nn.Module):
 def make_probe(classes, heads=1, segments=1, views=1, evaluate_batch=16, head=None, **changes):
     return ActionProbe(
         heads=Heads((0.1,) * heads, (0.0,) * heads),
-        steps=1,
         batch=8,
         schedule=Cosine(1, lead=1),
         optimizer=AdamW(),
@@ -203,7 +202,7 @@ def test_presets_are_those_of_the_protocol(tmp_path, recipe, preset, segments, h
     assert probe.views == SpatialViews(size=256, views=3)
     assert probe.view == TrainingView()
     assert (probe.head.heads, probe.head.depth, probe.head.classes) == (16, 4, 3)
-    assert (len(probe.heads), probe.batch, probe.steps) == (heads, 256, steps)
+    assert (len(probe.heads), probe.batch, probe.schedule.steps) == (heads, 256, steps)
     if preset == "vjepa2":
         pairs = {(rate, decay) for rate in (5e-3, 3e-3, 1e-3, 3e-4, 1e-4) for decay in (0.01, 0.1, 0.4, 0.8)}
         assert set(zip(probe.heads.learning_rates, probe.heads.weight_decays, strict=True)) == pairs
@@ -221,7 +220,8 @@ def test_presets_are_those_of_the_protocol(tmp_path, recipe, preset, segments, h
         ({"probe_heads": 5}, "probe_heads: expected a divisor of the width 64, got 5"),
         ({"probe_depth": 0}, "probe_depth: expected 1 block or more, got 0"),
         ({"rand_augment": "augmix"}, "rand_augment: 'augmix', expected a name like"),
-        ({"validation_window": "first"}, "window: 'first', expected random or middle"),
+        ({"validation_window": "first"}, "^validation_window: 'first', expected random or middle"),
+        ({"crop_scale": (0.5,)}, r"^crop_scale: \(0.5,\), expected \(smallest, largest\)"),
         ({"data": "embedded"}, "data: the embedded world is the recipe world_motion's"),
     ],
 )

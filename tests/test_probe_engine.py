@@ -34,7 +34,6 @@ class Named:
 def small_probe(heads=HEADS, steps=6):
     return ImageProbe(
         heads=heads,
-        steps=steps,
         batch=8,
         schedule=Cosine(steps),
         optimizer=Sgd(0.9),

@@ -52,7 +52,6 @@ class Named:
 def scored(classes, heads, evaluate_batch=16):
     return ImageProbe(
         heads=Heads((0.1,) * heads, (0.0,) * heads),
-        steps=1,
         batch=8,
         schedule=Cosine(1),
         optimizer=Sgd(),

@@ -137,6 +137,7 @@ def test_a_rule_that_cannot_work_is_one_clear_error(fields, message):
         ({"frames_per_step": 0}, "frames_per_step: expected 1 or more, got 0"),
         ({"window": 1, "sinks": 1}, "window: 1 frames cannot hold 1 sinks"),
         ({"features": "frame", "window": 4}, "window: frames that are encoded alone have none, got 4"),
+        ({"features": "frame", "time_unit": 8.0}, "time_unit: frames that are encoded alone have no time, got 8.0"),
     ],
 )
 def test_a_reader_that_cannot_work_is_one_clear_error(model, fields, message):

@@ -92,7 +92,7 @@ class FeatureReader:
       features: "stream": the video is one stream, and every frame sees those before it through the key-value cache;
         "frame": every frame is encoded alone, as an image model does.
       window, sinks: as for `Model.open_stream`; a window of None sees the whole video. Frames alone have none.
-      time_unit: frames per unit of time; None takes the model's own.
+      time_unit: frames per unit of time; None takes the model's own. Frames alone have none.
       frames_per_step: frames that go to the device at once; the result does not depend on it.
 
     Raises:
@@ -113,6 +113,8 @@ class FeatureReader:
             raise ValueError(f"frames_per_step: expected 1 or more, got {self.frames_per_step}")
         if self.features == "frame" and self.window is not None:
             raise ValueError(f"window: frames that are encoded alone have none, got {self.window}")
+        if self.features == "frame" and self.time_unit is not None:
+            raise ValueError(f"time_unit: frames that are encoded alone have no time, got {self.time_unit}")
         self._open(self.patch, self.patch)
 
     @property
@@ -127,7 +129,7 @@ class FeatureReader:
             # The last one is filled up, so that no other length must be compiled.
             filled = np.stack(chunk + chunk[-1:] * (self.frames_per_step - len(chunk)))
             if self.features == "frame":
-                out = self.model.encode(filled[:, None], layers=(), time_unit=self.time_unit)
+                out = self.model.encode(filled[:, None], layers=())
                 patches = out.patches[:, 0]
             else:
                 stream = stream or self._open(*filled.shape[1:3])

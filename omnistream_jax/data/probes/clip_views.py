@@ -155,7 +155,8 @@ class TrainingView:
 
     def __post_init__(self):
         require_field(self.size >= 1, "size", self.size, "1 or more")
-        require_field(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "(smallest, largest) within 0 to 1")
+        fits = len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1
+        require_field(fits, "scale", self.scale, "(smallest, largest) within 0 to 1")
         for name in ("flip_probability", "erase_probability"):
             require_field(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
 

@@ -19,6 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from omnistream_jax.convert.vjepa2_probe import load_attentive_probe
+from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.probes.action import (
     ActionData,
     ActionSource,
@@ -37,6 +38,9 @@ from omnistream_jax.evals.probes.schedules import Cosine
 from omnistream_jax.models.attentive_probe import AttentiveProbe
 from omnistream_jax.models.backbone import default_dtype
 from omnistream_jax.models.presets import BackboneConfig
+
+# what clip_views.py calls a field -> what the config does
+_FIELDS = {"window": "validation_window", "scale": "crop_scale"}
 
 
 def video_tokens(encode: Encode, frames: jax.Array, segments: int) -> jax.Array:
@@ -65,7 +69,7 @@ class ActionProbe(Probe):
     """An attentive probe on videos; see the module.
 
     Attributes:
-        heads, steps: as of `Probe`.
+        heads: as of `Probe`.
         batch: videos a step, over all devices.
         schedule: of the learning rates.
         optimizer: of a head.
@@ -83,7 +87,6 @@ class ActionProbe(Probe):
     """
 
     heads: Heads
-    steps: int
     batch: int
     schedule: Cosine
     optimizer: AdamW
@@ -99,7 +102,6 @@ class ActionProbe(Probe):
     evaluate_batch: int
     heads_at_once: int
     best_evaluation: bool = False
-    name: str = "action"
     score: ClassVar[str] = "top1"
 
     def learning_rate_factor(self, step: jax.Array) -> jax.Array:
@@ -200,11 +202,15 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ActionProbe:
         raise ValueError(f"probe_heads: expected a divisor of the width {backbone.width}, got {config.probe_heads}")
     if config.probe_depth < 1:
         raise ValueError(f"probe_depth: expected 1 block or more, got {config.probe_depth}")
+    try:
+        sampling, views, view = _sampling(config), _views(config), _training_view(config)
+    except DataError as error:  # nothing but fields can be wrong, which have longer names here
+        name, _, problem = str(error).partition(":")
+        raise ValueError(f"{_FIELDS.get(name, name)}:{problem}") from error
     train, heldout = _sources(config)
     head, start = _head(config, backbone, len(heldout.classes))
     return ActionProbe(
         heads=heads_of(config),
-        steps=config.steps,
         batch=config.batch,
         schedule=Cosine(config.steps, config.warmup_steps, lead=1),
         optimizer=AdamW(),
@@ -212,21 +218,14 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ActionProbe:
         start=start,
         train=train,
         heldout=heldout,
-        sampling=_sampling(config),
-        view=TrainingView(
-            size=config.size,
-            rand_augment=parse_rand_augment(config.rand_augment),
-            scale=tuple(config.crop_scale),
-            flip_probability=config.flip_probability,
-            erase_probability=config.erase_probability,
-        ),
-        views=_views(config),
+        sampling=sampling,
+        view=view,
+        views=views,
         shuffle_frames=config.shuffle_frames,
         validation_seed=config.validation_seed,
         evaluate_batch=config.evaluate_batch,
         heads_at_once=config.heads_at_once,
         best_evaluation=config.best_evaluation,
-        name=config.name,
     )
 
 
@@ -273,6 +272,16 @@ def _sampling(config: ConfigDict) -> Sampling:
     if config.data == EMBEDDED:
         return Sampling(segments=1, frames=config.frames, stride=1)
     return Sampling(config.segments, config.frames, config.stride, config.validation_window)
+
+
+def _training_view(config: ConfigDict) -> TrainingView:
+    return TrainingView(
+        size=config.size,
+        rand_augment=parse_rand_augment(config.rand_augment),
+        scale=tuple(config.crop_scale),
+        flip_probability=config.flip_probability,
+        erase_probability=config.erase_probability,
+    )
 
 
 def _views(config: ConfigDict) -> SpatialViews:

@@ -225,7 +225,6 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> SegmentationProbe:
         raise ValueError(f"stride: expected 1 to {config.window} pixels, the window, got {config.stride}")
     train, heldout = (open_ade20k(config.data, split, incomplete=config.allow_incomplete) for split in ("train", "val"))
     return SegmentationProbe(
-        name=config.name,
         heads=heads_of(config),
         optimizer=AdamW(config.beta1, config.beta2, clip_norm=config.clip_norm),
         schedule=WarmupOneCycle(

@@ -133,18 +133,14 @@ class Probe(abc.ABC):
     """One protocol; small and immutable. As a dataclass with eq=False it can be a static argument of jit.
 
     Attributes:
-        name: of the protocol, as in the paper's tables.
         heads: all that are trained at once.
-        steps: of the training.
         score: the metric by which the best head is chosen.
         higher_is_better: whether that is the head of the highest score, or of the lowest.
         best_evaluation: whether the protocol also takes the best of the evaluations during training, not the last.
         optimizer: of a head.
     """
 
-    name: str
     heads: Heads
-    steps: int
     score: str
     higher_is_better: bool = True
     best_evaluation: bool = False

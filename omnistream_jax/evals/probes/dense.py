@@ -29,7 +29,6 @@ class DenseProbe(Probe):
     makes of the padded frames is stretched over the whole target.
 
     Attributes:
-        name: of the protocol.
         heads: learning rates and weight decays.
         optimizer: of a head.
         schedule: of the learning rate.
@@ -38,18 +37,12 @@ class DenseProbe(Probe):
         evaluate_batch: frames or windows that are evaluated at once.
     """
 
-    name: str
     heads: Heads
     optimizer: HeadOptimizer
     schedule: WarmupOneCycle
     head: nn.Module
     patch_size: int
     evaluate_batch: int
-
-    @property
-    def steps(self) -> int:
-        """Of the training."""
-        return self.schedule.steps
 
     def learning_rate_factor(self, step: jax.Array) -> jax.Array:
         """As `Probe` says."""

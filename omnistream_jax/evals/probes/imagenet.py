@@ -47,7 +47,7 @@ class ImageProbe(Probe):
     """Linear classification of single pictures; see the module.
 
     Attributes:
-        heads, steps: as of `Probe`.
+        heads: as of `Probe`.
         batch: pictures a step, over all devices.
         schedule: of the learning rates.
         optimizer: of a head.
@@ -59,7 +59,6 @@ class ImageProbe(Probe):
     """
 
     heads: Heads
-    steps: int
     batch: int
     schedule: Cosine
     optimizer: Sgd
@@ -69,7 +68,6 @@ class ImageProbe(Probe):
     size: int
     resize: int
     evaluate_batch: int
-    name: str = "imagenet"
     score: ClassVar[str] = "top1"
 
     @property
@@ -147,7 +145,6 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ImageProbe:
     train, heldout = _sources(config)
     return ImageProbe(
         heads=heads_of(config),
-        steps=config.steps,
         batch=config.batch,
         schedule=Cosine(config.steps, config.warmup_steps),
         optimizer=Sgd(config.momentum),
@@ -157,7 +154,6 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ImageProbe:
         size=config.size,
         resize=config.resize,
         evaluate_batch=config.evaluate_batch,
-        name=config.name,
     )
 
 

@@ -177,7 +177,6 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> DepthProbe:
     )
     train, heldout = _sources(config)
     return DepthProbe(
-        name=config.name,
         heads=heads_of(config),
         optimizer=AdamW(schedule.first_beta, config.beta2, clip_norm=config.clip_norm),
         schedule=schedule,
