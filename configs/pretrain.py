@@ -214,7 +214,8 @@ def _paper() -> ConfigDict:
         "colour": True,
     }
     # paths of captions as of posed clips. A sample is a row: captions_per_row images of size x size pixels and their
-    # texts, of max_tokens tokens together; longer answers are cut. 256 captions a step.
+    # texts, of max_tokens tokens together; longer answers are cut. 256 captions a step. texts_per_image: a record's own
+    # text and so many less one of the others that its data set has of the image; none sees another.
     captioned = {
         "kind": "captioned",
         "weight": 1.0,
@@ -223,6 +224,7 @@ def _paper() -> ConfigDict:
         "batch_size": 64,
         "micro_batches": 1,
         "captions_per_row": 4,
+        "texts_per_image": 1,
         "max_tokens": 512,
         "size": 224,
     }
@@ -360,12 +362,14 @@ def _learn(config: ConfigDict) -> None:
 def _learn_captions(config: ConfigDict) -> None:
     _learn(config)
     config.name = "learn_captions"
-    config.steps = 8_000
+    config.steps = 6_000
     config.tasks.clip_geometry.weight = 0.0
     # With the backbone at full rate the decoder made no use of pictures in 2,500 such steps, at a twentieth it did.
     config.optimizer.update({"beta2": 0.99, "factors": (("backbone", 0.1), ("projector", 0.3))})
     config.language.decoder.depth = 2
-    config.tasks.caption.update({"batch_size": 8, "captions_per_row": 1, "max_tokens": 96, "size": 48, "weight": 1.0})
+    # Many texts about few pictures: per token that is learned, half the time of as many pictures with one text each.
+    captions = {"batch_size": 4, "captions_per_row": 1, "texts_per_image": 8, "max_tokens": 400}
+    config.tasks.caption.update({**captions, "size": 48, "weight": 1.0})
     config.log_every = 100
     config.checkpoint.every = 2_000
     config.evaluation.caption_records = 96

@@ -132,7 +132,10 @@ def geometry_heads(config: GeometryConfig, width: int, patch_size: int, height: 
 
 
 def decoder(config: Qwen3Config, tokens: float, segments: int) -> Flops:
-    """The forward pass of the blocks on a row of `tokens` tokens in so many segments, taken as equally long."""
+    """The forward pass of the blocks on a row of `tokens` tokens in so many segments, taken as equally long.
+
+    Several texts about one image count as one segment, though they do not see each other.
+    """
     inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
     per_token = 2 * config.width * (2 * inner + 2 * shared + 3 * config.hidden)
     visible = tokens * (tokens / segments + 1) / 2  # keys, added up over the queries

@@ -102,6 +102,7 @@ class FakeCaptions:
     instruction: str = "describe"
     answer: str = "a room"
     answers: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    others: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -120,9 +121,8 @@ class FakeCaptions:
         elif fault is not None:
             with because("image cannot be decoded"):
                 image = read_image(fault)
-        return CaptionedImage(
-            image, self.instruction, answer, np.zeros((0, 4), np.float32), (), f"{self.describe(index)}.jpg"
-        )
+        path = f"{self.describe(index)}.jpg"
+        return CaptionedImage(image, self.instruction, answer, np.zeros((0, 4), np.float32), (), path, self.others)
 
 
 WORDS = ("[UNK]", "user", "assistant", "describe", "a", "room", "red", "chair", "in", "the", "corner", ",", "(", ")")

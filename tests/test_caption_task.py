@@ -23,9 +23,12 @@ from omnistream_jax.tasks.task import Teachers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = Qwen3Config(vocabulary_size=40, width=24, depth=2, heads=4, kv_heads=2, head_width=8, hidden=32)
-SIDE, PER_IMAGE, ROOM = 32, 4, 14
-# (prompt, answer) of two captions a row; a row of two captions with room left, and one without.
-TEXTS = (((3, 4, 5, 6), (7, 8, 9)), ((3, 4), (10, 2))), (((3, 11, 12), (13, 14, 15, 2)), ((3, 4, 5, 5, 5), (16, 2)))
+SIDE, PER_IMAGE, ROOM = 32, 4, 18
+# (segment, prompt, answer); a row of texts about two images each with room left, and one with two about the first.
+TEXTS = (
+    ((101, (3, 4, 5, 6), (7, 8, 9)), (201, (3, 4), (10, 2))),
+    ((101, (3, 11, 12), (13, 14, 15, 2)), (102, (3, 4), (17, 2)), (201, (3, 4, 5, 5, 5), (16, 2))),
+)
 TEACHERS = Teachers(jnp.zeros((), jnp.int32), {}, None)
 
 
@@ -51,14 +54,14 @@ def batch():
     arrays |= {"target_mask": np.zeros((2, ROOM), bool), "image": images, "cut": np.array([[True, False], [0, 0]])}
     for row, texts in enumerate(TEXTS):
         start = 0
-        for number, (prompt, answer) in enumerate(texts, start=1):
+        for segment, prompt, answer in texts:
             stop = start + len(prompt) + len(answer)
             arrays["tokens"][row, start:stop] = prompt + answer
-            arrays["segment"][row, start:stop] = number
+            arrays["segment"][row, start:stop] = segment
             arrays["position"][row, start:stop] = np.arange(stop - start)
             arrays["target_mask"][row, start + len(prompt) : stop] = True
             start = stop
-    assert arrays["segment"].min(1).tolist() == [0, 1], "one row ends with padding"
+    assert arrays["segment"].min(1).tolist() == [0, 101], "one row ends with padding"
     return arrays
 
 
@@ -99,15 +102,15 @@ def caption_alone(task, params, patches, prompt, answer) -> list[tuple[float, bo
     return [(logsumexp(row) - row[token], row.argmax() == token) for row, token in zip(before, answer, strict=True)]
 
 
-def test_captions_in_a_row_cost_what_they_cost_alone(task, params, batch, loss):
+def test_texts_in_a_row_cost_what_each_costs_alone_with_its_image(task, params, batch, loss):
     told = [
         one
         for images, texts in zip(batch["image"], TEXTS, strict=True)
-        for patches, text in zip(patches_of(task, params, images), texts, strict=True)
-        for one in caption_alone(task, params, patches, *text)
+        for segment, prompt, answer in texts
+        for one in caption_alone(task, params, patches_of(task, params, images)[segment // 100 - 1], prompt, answer)
     ]
     costs, hits = map(np.array, zip(*told, strict=True))
-    assert len(costs) == 11
+    assert len(costs) == 13
     assert costs.std() > 0.1, "tokens must differ for a mistake to show"
     found, metrics = loss(params, batch)
     assert found == pytest.approx(costs.mean(), rel=1e-5)
@@ -121,21 +124,21 @@ def test_what_stands_in_the_padding_has_no_influence(params, batch, loss):
 
 
 def test_images_change_the_cost_of_their_own_text_alone(params, batch, loss):
-    def of_text(changed, row, number):
-        only = (changed["segment"] == number) & (np.arange(2) == row)[:, None]
+    def of_texts(changed, row, number):
+        only = (changed["segment"] // 100 == number) & (np.arange(2) == row)[:, None]
         return loss(params, {**changed, "target_mask": batch["target_mask"] & only})[0]
 
     other = {**batch, "image": batch["image"].copy()}
     other["image"][0, 1] = 255 - other["image"][0, 1]
     for row, number in np.ndindex(2, 2):
-        before, after = (of_text(arrays, row, number + 1) for arrays in (batch, other))
+        before, after = (of_texts(arrays, row, number + 1) for arrays in (batch, other))
         assert (abs(after - before) > 1e-3) == ((row, number) == (0, 1))
 
 
 def test_the_first_token_of_a_text_is_never_learned(params, batch, loss):
     mask = batch["target_mask"].copy()
     mask[:, 0] = True
-    mask[0, len(sum(TEXTS[0][0], ()))] = True
+    mask[0, len(sum(TEXTS[0][0][1:], ()))] = True
     assert loss(params, {**batch, "target_mask": mask}) == loss(params, batch)
 
 

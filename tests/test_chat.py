@@ -97,7 +97,7 @@ def test_caption_data_is_in_embedded_tokens_unless_told(chat):
         record = source.read(int(batch["record"][row, 0]))
         learned = batch["tokens"][row][batch["target_mask"][row]]
         assert chat.decode(learned) == record.answer
-        before = batch["tokens"][row][(batch["segment"][row] == 1) & ~batch["target_mask"][row]]
+        before = batch["tokens"][row][(batch["segment"][row] == 101) & ~batch["target_mask"][row]]
         assert tuple(before) == chat.prompt(record.instruction)
 
 

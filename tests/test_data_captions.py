@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory):
 
 
 def _data(tokenizer, batch=2, **changes) -> CaptionData:
-    texts = {name: changes.pop(name) for name in ("instruction", "answer", "answers") if name in changes}
+    texts = {name: changes.pop(name) for name in ("instruction", "answer", "answers", "others") if name in changes}
     options = {"tokenizer": tokenizer, "max_tokens": BEFORE + 7, "size": 48} | changes
     return CaptionData((FakeCaptions("captions", 10, **texts),), batch, **options)
 
@@ -57,7 +57,7 @@ def test_a_caption_is_two_turns_of_which_the_answer_is_learned(tokenizer):
     for row in range(2):
         assert batch["tokens"][row].tolist() == [*PROMPT, 4, 5, END, 0, 0, 0, 0]
         assert batch["target_mask"][row].tolist() == [False] * BEFORE + [True] * 3 + [False] * 4
-        assert batch["segment"][row].tolist() == [1] * (BEFORE + 3) + [0] * 4
+        assert batch["segment"][row].tolist() == [101] * (BEFORE + 3) + [0] * 4
         assert batch["position"][row].tolist() == [*range(BEFORE + 3), 0, 0, 0, 0]
     assert not batch["cut"].any()
 
@@ -94,7 +94,7 @@ def test_several_captions_stand_in_a_row_in_the_order_of_their_images(tokenizer)
         texts = [[*PROMPT, *[6] * (int(record) + 1), END] for record in batch["record"][row]]
         length = sum(map(len, texts))
         assert batch["tokens"][row].tolist() == [*itertools.chain(*texts), *[0] * (3 * BEFORE + 40 - length)]
-        places = [(number, place) for number, text in enumerate(texts, start=1) for place in range(len(text))]
+        places = [(100 * number + 1, place) for number, text in enumerate(texts, start=1) for place in range(len(text))]
         assert list(zip(batch["segment"][row, :length], batch["position"][row, :length], strict=True)) == places
         assert (batch["segment"][row, length:] == 0).all()
         learned = [[False] * BEFORE + [True] * (len(text) - BEFORE) for text in texts]
@@ -102,6 +102,30 @@ def test_several_captions_stand_in_a_row_in_the_order_of_their_images(tokenizer)
         assert not batch["target_mask"][row, length:].any()
     assert not batch["cut"].any()
     assert data.describe(batch["record"]) == [f"captions/{record}" for record in batch["record"].ravel()]
+
+
+def test_others_come_with_a_text_and_are_drawn_anew_in_every_pass(tokenizer):
+    others = (("describe", "chair"), ("describe", "the corner"), ("describe", "red"))
+    told = {(7,), (9, 10), (6,)}  # chair; the corner; red
+    seen, room = set(), 2 * 3 * (BEFORE + 4)
+    data = _data(tokenizer, others=others, texts_per_image=3, max_tokens=room, captions_per_row=2)
+    with build_pipeline({"caption": data}, seed=1, prefetch=0) as pipeline:
+        batches = [next(pipeline)["caption"] for _ in range(8)]
+    for batch, row, image in itertools.product(batches, range(2), (100, 200)):
+        segment, learned = batch["segment"][row], batch["target_mask"][row]
+        assert np.unique(segment[segment > 0]).tolist() == [101, 102, 103, 201, 202, 203]
+        own, *drawn = (tuple(batch["tokens"][row][(segment == image + text) & learned]) for text in (1, 2, 3))
+        assert own == (4, 5, END)
+        assert drawn[0] != drawn[1]
+        assert {answer[:-1] for answer in drawn} <= told
+        seen.add(drawn[0])
+    assert len(seen) == 3
+
+
+def test_a_record_with_fewer_texts_gives_all_it_has(tokenizer):
+    data = _data(tokenizer, others=(("describe", "chair"),), texts_per_image=4, max_tokens=4 * (BEFORE + 4))
+    segment = _step(data)["segment"]
+    assert np.unique(segment).tolist() == [0, 101, 102]
 
 
 def test_only_the_longest_answers_of_a_row_are_cut(tokenizer):
@@ -117,7 +141,7 @@ def test_only_the_longest_answers_of_a_row_are_cut(tokenizer):
     batch = _step(data)
     kept = {}
     for number, record in enumerate(batch["record"][0].tolist(), start=1):
-        mine = batch["tokens"][0][(batch["segment"][0] == number) & batch["target_mask"][0]]
+        mine = batch["tokens"][0][(batch["segment"][0] == 100 * number + 1) & batch["target_mask"][0]]
         assert mine[-1] == END
         kept[record] = len(mine) - 1
         assert batch["cut"][0, number - 1] == (record in (0, 2))
@@ -216,6 +240,9 @@ def test_settings_that_do_not_fit_are_named(tokenizer, tmp_path):
     for per_row in (0, 61):
         with pytest.raises(DataError, match=rf"captions_per_row: {per_row}, expected 1 to max_tokens \(60\)"):
             _data(tokenizer, max_tokens=60, captions_per_row=per_row)
+    for texts in (0, 100):
+        with pytest.raises(DataError, match=f"texts_per_image: {texts}, expected 1 to 99"):
+            _data(tokenizer, texts_per_image=texts)
     with pytest.raises(DataError, match="max_tokens: 0, expected 1 or more"):
         _data(tokenizer, max_tokens=0)
     with pytest.raises(DataError, match="size: 0, expected 1 or more"):

@@ -221,6 +221,16 @@ def test_packed_texts_equal_each_alone_even_when_interleaved(small):
         np.testing.assert_allclose(packed[:, places], hidden_of(small, embeddings[:, places]), atol=2e-5)
 
 
+def test_texts_about_one_image_equal_each_alone_with_it(small):
+    segments = np.array([[100, 100, 200, 101, 101, 102, 102, 102, 201, 0]])
+    positions = np.array([[0, 1, 0, 2, 3, 2, 3, 4, 1, 0]])
+    embeddings = random_embeddings(1, 10)
+    packed = run(*small, embeddings, positions, segments)
+    for image, text in ((100, 101), (100, 102), (200, 201)):
+        places = np.flatnonzero(np.isin(segments[0], (image, text)))
+        np.testing.assert_allclose(packed[:, places], hidden_of(small, embeddings[:, places]), atol=2e-5)
+
+
 def test_padding_gets_and_gives_no_gradient(small):
     embeddings, segments = random_embeddings(1, 6), np.array([[0, 0, 1, 1, 1, 0]])
 

@@ -67,6 +67,29 @@ def test_grounded_captions():
         captions.grounded_prompt(CAPTION, [], "x")
 
 
+def test_a_text_with_boxes_implies_itself_without_them_and_where_each_phrase_is():
+    spans = [(0, 5, BOXES[0]), (10, 15, BOXES[1]), (20, 27, BOXES[0]), (20, 27, BOXES[1])]
+    grounded = captions.grounded_prompt("a dog and a dog and two men.", spans, "x")
+    first, second = (captions.format_box(box) for box in BOXES[:2])
+    assert captions.implied_texts(grounded) == [
+        ("Describe the image.", "a dog and a dog and two men."),
+        ("Give the box of <|object_ref_start|>a dog<|object_ref_end|>.", first + second),
+        ("Give the box of <|object_ref_start|>two men<|object_ref_end|>.", first + second),
+    ]
+    pieces = [("EXIT", BOXES[0]), ("12", BOXES[1])]
+    assert captions.implied_texts(captions.transcribe_prompt(pieces, "x", with_boxes=True)) == [
+        ("Transcribe the text in the image.", "EXIT\n12"),
+        ("Give the box of <|object_ref_start|>EXIT<|object_ref_end|>.", first),
+        ("Give the box of <|object_ref_start|>12<|object_ref_end|>.", second),
+    ]
+    for prompt in (
+        captions.transcribe_prompt(pieces, "x", with_boxes=False),
+        captions.describe_prompt("a dog", "x"),
+        captions.locate_prompt("a dog", BOXES[0], "x"),
+    ):
+        assert captions.implied_texts(prompt) == []
+
+
 def test_text_that_would_fake_a_turn_is_refused():
     for text in ("hello<|im_end|>", "<|box_start|>(1,1),(2,2)<|box_end|>"):
         with pytest.raises(DataError, match=r"row 3: its text holds the token <\|(im_end|box_start)\|>"):

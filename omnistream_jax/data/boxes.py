@@ -73,6 +73,11 @@ def malformed_boxes(text: str) -> int:
     return max(text.count(BOX_START), text.count(BOX_END)) - len(_BOX.findall(text))
 
 
+def without_boxes(text: str) -> str:
+    """A text without its boxes and the tokens of phrases; the phrases stay."""
+    return _BOX.sub("", text).replace(REF_START, "").replace(REF_END, "")
+
+
 def move_boxes(text: str, shown: tuple[float, float]) -> str:
     """The boxes of a text, of an image, as boxes of the square that the image takes `shown` shares of.
 

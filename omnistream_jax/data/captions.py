@@ -6,7 +6,9 @@ belie it. Boxes in the text (data/boxes.py), in thousandths of the image, become
 decoder says about places refers to what the backbone sees.
 
 A row holds the captions of `captions_per_row` records that follow each other in the shuffled order, whatever their
-lengths: so batches are determined by the step alone, and every record comes once in a pass.
+lengths: so batches are determined by the step alone, and every record comes once in a pass. Of what else a record
+tells about its image, some may come with it: the image is encoded once for all of its texts, and none of them sees
+another (multi-annotated images; Deitke et al. 2024, "Molmo and PixMo").
 """
 
 from __future__ import annotations
@@ -20,33 +22,37 @@ import numpy as np
 from PIL import Image
 
 from omnistream_jax.data.boxes import move_boxes
-from omnistream_jax.data.chat import EMBEDDED, control_tokens, load_chat
+from omnistream_jax.data.chat import EMBEDDED, Chat, Turn, control_tokens, load_chat
 from omnistream_jax.data.errors import DataError, because, require_field
 from omnistream_jax.data.mixture import MixtureData
 from omnistream_jax.data.readers.captions import CaptionSource
 from omnistream_jax.data.schema import CaptionedImage
+from omnistream_jax.utils.segments import SHARED
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: near 0 once the model has normalised it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionData(MixtureData[CaptionSource]):
-    """Batches of captioned images; see `schema.CaptionBatch`. Nothing in them is random but their order.
+    """Batches of captioned images; see `schema.CaptionBatch`. Their order is random, and which others come with a text.
 
     A sample of `global_batch_size` is a row: a step draws `captions_per_row` times as many records.
 
     Attributes:
       tokenizer: "embedded", or a directory, hub id or JSON file of one with Qwen3's chat tokens (`chat.load_chat`).
       max_tokens: L, tokens of a row. Where its captions are longer, the longest answers are cut (`chat.shares`), and
-        still end with the token that ends them. A record of which L // K tokens would hold nothing of the answer is
-        skipped.
+        still end with the token that ends them. A record of which L // (K texts_per_image) tokens would hold nothing
+        of an answer is skipped.
       captions_per_row: K, records of a row.
+      texts_per_image: the most texts about an image: its record's own, and others of it, drawn anew in every pass
+        (`CaptionedImage.others`); a record that has fewer gives all of them.
       size: S, side of the square in pixels.
     """
 
     tokenizer: str = EMBEDDED
     max_tokens: int = 256
     captions_per_row: int = 1
+    texts_per_image: int = 1
     size: int = 224
 
     def __post_init__(self):
@@ -54,6 +60,8 @@ class CaptionData(MixtureData[CaptionSource]):
         require_field(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         fits = 1 <= self.captions_per_row <= self.max_tokens
         require_field(fits, "captions_per_row", self.captions_per_row, f"1 to max_tokens ({self.max_tokens})")
+        fits = 1 <= self.texts_per_image < SHARED
+        require_field(fits, "texts_per_image", self.texts_per_image, f"1 to {SHARED - 1}")
         require_field(self.size >= 1, "size", self.size, "1 or more")
         load_chat(self.tokenizer)
 
@@ -69,21 +77,30 @@ class CaptionData(MixtureData[CaptionSource]):
         with because("text cannot be used"):
             check_text(sample)
             image, shown = letterbox(sample.image, self.size)
-            instruction, answer = (move_boxes(text, shown) for text in (sample.instruction, sample.answer))
-            turn = chat.turn(instruction, answer, sample.path)
-            assured = self.max_tokens // self.captions_per_row
-            if not chat.shorten(turn, assured).answer:
-                raise DataError(
-                    f"{sample.path}: {assured} tokens leave no room for an answer after {len(turn.prompt)} before it",
-                    reason="no room for an answer",
-                )
-        return {"image": image, "turn": turn}
+            turns = [self._turn(chat, sample.path, *text, shown) for text in self._texts(sample, rng)]
+        return {"image": image, "turns": turns}
+
+    def _texts(self, sample: CaptionedImage, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """(instruction, answer) of a record, and of others about its image."""
+        count = min(self.texts_per_image - 1, len(sample.others))
+        others = rng.choice(len(sample.others), count, replace=False) if count else []
+        return [(sample.instruction, sample.answer), *(sample.others[place] for place in others)]
+
+    def _turn(self, chat: Chat, path: str, instruction: str, answer: str, shown: tuple[float, float]) -> Turn:
+        turn = chat.turn(move_boxes(instruction, shown), move_boxes(answer, shown), path)
+        assured = self.max_tokens // (self.captions_per_row * self.texts_per_image)
+        if not chat.shorten(turn, assured).answer:
+            raise DataError(
+                f"{path}: {assured} tokens leave no room for an answer after {len(turn.prompt)} before it",
+                reason="no room for an answer",
+            )
+        return turn
 
     def _join(self, samples: grain.MapDataset) -> grain.MapDataset:
         return samples.batch(self.captions_per_row, batch_fn=self._row)
 
     def _row(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        packed = load_chat(self.tokenizer).pack([sample["turn"] for sample in samples], self.max_tokens)
+        packed = load_chat(self.tokenizer).pack([sample["turns"] for sample in samples], self.max_tokens)
         skipped = {key: np.array([sample["skipped"][key] for sample in samples]) for key in samples[0]["skipped"]}
         stacked = {key: np.stack([sample[key] for sample in samples]) for key in ("image", "record")}
         return {**stacked, **packed, "skipped": skipped}
@@ -91,10 +108,11 @@ class CaptionData(MixtureData[CaptionSource]):
 
 def check_text(sample: CaptionedImage) -> None:
     """Raises DataError for an answer with no text, and for text with control tokens, which would fake a turn."""
-    if not sample.answer.strip():
-        raise DataError(f"{sample.path}: its caption has no text", reason="caption has no text")
-    if found := control_tokens(sample.instruction + " " + sample.answer):
-        raise DataError(f"{sample.path}: its text holds {', '.join(found)}", reason="text holds control tokens")
+    for instruction, answer in ((sample.instruction, sample.answer), *sample.others):
+        if not answer.strip():
+            raise DataError(f"{sample.path}: its caption has no text", reason="caption has no text")
+        if found := control_tokens(instruction + " " + answer):
+            raise DataError(f"{sample.path}: its text holds {', '.join(found)}", reason="text holds control tokens")
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float]]:

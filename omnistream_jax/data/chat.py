@@ -28,6 +28,7 @@ import numpy as np
 from omnistream_jax.data.boxes import BOX_END, BOX_START, REF_END, REF_START
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.utils.files import write_json, written_aside
+from omnistream_jax.utils.segments import SHARED
 
 EMBEDDED = "embedded"
 """Names the tokenizer that comes with the package (data/embedded/make_tokenizer.py says what it is)."""
@@ -165,24 +166,29 @@ class Chat:
                 return tokens[:place]
         return tokens
 
-    def pack(self, turns: Sequence[Turn], max_tokens: int) -> dict[str, np.ndarray]:
-        """Turns one after another in a row of `max_tokens`: the arrays of tokens in `schema.CaptionBatch`, without B.
+    def pack(self, turns: Sequence[Sequence[Turn]], max_tokens: int) -> dict[str, np.ndarray]:
+        """The turns about K images, less than SHARED each, one after another in a row of `max_tokens`.
 
         Where they are longer together, the longest are cut, all to about one length (`shares`).
+
+        Returns:
+          The arrays of tokens in `schema.CaptionBatch`, without B.
         """
         row = {name: np.zeros(max_tokens, np.int32) for name in ("segment", "position")}
         row["tokens"] = np.full(max_tokens, PADDING, np.int32)
         row["target_mask"] = np.zeros(max_tokens, bool)
         row["cut"] = np.zeros(len(turns), bool)
+        placed = [(image, text, turn) for image, some in enumerate(turns) for text, turn in enumerate(some, start=1)]
+        given = shares([turn.length for *_, turn in placed], max_tokens)
         start = 0
-        for number, (turn, share) in enumerate(zip(turns, shares([t.length for t in turns], max_tokens), strict=True)):
+        for (image, text, turn), share in zip(placed, given, strict=True):
             kept = self.shorten(turn, share)
             place = slice(start, start + kept.length)
             row["tokens"][place] = [token for part in kept for token in part]
-            row["segment"][place] = number + 1
+            row["segment"][place] = SHARED * (image + 1) + text
             row["position"][place] = np.arange(kept.length)
             row["target_mask"][start + len(kept.prompt) : place.stop] = True
-            row["cut"][number] = kept.length < turn.length
+            row["cut"][image] |= kept.length < turn.length
             start = place.stop
         return row
 

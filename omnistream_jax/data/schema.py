@@ -84,6 +84,8 @@ class CaptionedImage:
         the top left; [0, 4] where it names no place.
       phrases: the part of the answer or of the instruction that each box belongs to, as long as boxes.
       path: the file that the image came from, for messages.
+      others: (instruction, answer) of what else can be asked about the image, from which a row takes some
+        (`captions.CaptionData.texts_per_image`).
     """
 
     image: np.ndarray
@@ -92,6 +94,7 @@ class CaptionedImage:
     boxes: np.ndarray
     phrases: tuple[str, ...]
     path: str
+    others: tuple[tuple[str, str], ...] = ()
 
 
 class SelfSupervisedBatch(TypedDict):
@@ -144,19 +147,20 @@ class PosedBatch(TypedDict):
 
 
 class CaptionBatch(TypedDict):
-    """One step's batch of captioned images (SPEC 6): rows of L tokens, in each the texts of K images.
+    """One step's batch of captioned images (SPEC 6): rows of L tokens, in each the texts about K images.
 
-    Texts of a row have nothing to do with each other: a token may see its own image and the tokens before it in its
-    own text. All K texts are there in every row, in the order of the images.
+    Texts of a row have nothing to do with each other, also where they are about one image: a token may see its own
+    image and the tokens before it in its own text. Every image has one text or more, in the order of the images.
 
     Keys:
       image: uint8 [B, K, S, S, 3], the picture in the top left corner, as large as fits in its own proportions, and
         grey beside or below it. Boxes in the text are in thousandths of this square.
       tokens: int32 [B, L], of each text the user's turn and the assistant's; 0 at the end of the row is padding.
-      segment: int32 [B, L], whose text a token is of: image[:, segment - 1], from 1 on; 0: padding.
+      segment: int32 [B, L], which text a token is of: k * SHARED + t for text t about image[:, k - 1], both from 1
+        on (utils/segments.py); 0: padding.
       position: int32 [B, L], of a token in its text, from 0 on; 0 in padding.
       target_mask: bool [B, L], tokens to be learned: the answers and the tokens that end them.
-      cut: bool [B, K], the answer was too long: its end is missing.
+      cut: bool [B, K], an answer about the image was too long: its end is missing.
       record: int64 [B, K], as in SelfSupervisedBatch.
     """
 

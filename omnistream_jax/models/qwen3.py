@@ -237,7 +237,8 @@ class Qwen3(nn.Module):
             embeddings: [B, L, D], of text (`embed`) or of anything else.
             positions: int32 [B, L], of each token in its own text, for the rotation.
             segments: int32 [B, L]: a token sees the tokens of its own number at its own place in the row or before
-                it. 0 is padding: nothing else sees it, and its output is finite and means nothing.
+                it, and those of its image (utils/segments.py). 0 is padding: nothing else sees it, and its output is
+                finite and means nothing.
             cache: what stands before these tokens in their rows, and room for them.
 
         Returns:

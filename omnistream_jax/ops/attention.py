@@ -24,6 +24,7 @@ import numpy as np
 from omnistream_jax.ops.cache import BlockCache, read_frames
 from omnistream_jax.ops.cudnn import cudnn_attention
 from omnistream_jax.ops.splash import splash_frame_causal
+from omnistream_jax.utils.segments import SHARED
 
 ATTENTION_PATHS = ("xla", "cudnn", "splash")
 
@@ -83,14 +84,19 @@ def segment_attention(
 ) -> jax.Array:
     """A decoder's attention: causal within segments, its query heads in groups that share keys and values.
 
-    A query sees a key that stands at its own place in the row or before it, and is of its own segment:
+    A query sees a key that stands at its own place in the row or before it, and is of its own segment, or of the image
+    that its segment is about: 100 is that of 101 and 102 (utils/segments.py).
 
-        segment    1 1 2 2 0
-        1          x . . . .
-        1          x x . . .
-        2          . . x . .
-        2          . . x x .
-        0          . . . . x
+        segment    100 101 101 102 200   0
+        100          x   .   .   .   .   .
+        101          x   x   .   .   .   .
+        101          x   x   x   .   .   .
+        102          x   .   .   x   .   .
+        200          .   .   .   .   x   .
+        0            .   .   .   .   .   x
+
+    So a row may hold several texts about an image, each as if it stood there alone with it (multi-annotated images;
+    Deitke et al. 2024, "Molmo and PixMo").
 
     Args:
         query: [B, N, H, D], already rotated.
@@ -103,7 +109,9 @@ def segment_attention(
     """
     places = first_place + jnp.arange(query.shape[1])
     visible = jnp.arange(key.shape[1]) <= places[:, None]
-    visible = visible & (query_segments[:, :, None] == key_segments[:, None])  # [B, N, S]
+    own, shared = query_segments[:, :, None], (query_segments - query_segments % SHARED)[:, :, None]
+    seen = key_segments[:, None]
+    visible = visible & ((seen == own) | ((seen == shared) & (seen > 0)))  # [B, N, S]
     return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], implementation="xla")
 
 

@@ -36,6 +36,7 @@ def build_caption(name: str, fields: ConfigDict, config: ConfigDict, backbone: B
             tokenizer=chat.path,
             max_tokens=fields.max_tokens,
             captions_per_row=fields.captions_per_row,
+            texts_per_image=fields.texts_per_image,
             size=fields.size,
         )
     except DataError as error:

@@ -3,12 +3,13 @@
 Letters: B rows, K images of a row, S their side in pixels, P = h * w visual tokens of an image, L text tokens of a row,
 d and D the widths of the backbone and of the decoder.
 
-A row for the decoder is [visual tokens of image 1 .. K, text tokens]. The segments keep an image and its text together,
-and both apart from all others; a token sees what stands before it in its segment, as in Qwen (P = 3, K = 2):
+A row for the decoder is [visual tokens of image 1 .. K, text tokens]. A token sees what stands before it in its own
+segment, as in Qwen, and a text all of its image besides; nothing else: an image that several texts are about is encoded
+once, and each of them is told as if it were the only one (P = 2, K = 2, two texts about the first image):
 
-    token       v v v  v v v   t t t  t t  .
-    segment     1 1 1  2 2 2   1 1 1  2 2  0
-    position    0 1 2  0 1 2   3 4 5  3 4  .
+    token       v   v   v   v     t   t   t   t   t   .
+    segment     100 100 200 200   101 101 102 102 201 0
+    position    0   1   0   1     2   3   2   3   2   .
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from omnistream_jax.models.projector import Projector
 from omnistream_jax.models.qwen3 import Qwen3, init_decoder, output_matrix
 from omnistream_jax.sharding import batch_shards
 from omnistream_jax.tasks.task import Params, Teachers
+from omnistream_jax.utils.segments import SHARED
 from omnistream_jax.utils.trees import leaf_name
 
 PROJECTOR, DECODER = "projector", "decoder"
@@ -71,7 +73,7 @@ class CaptionTask:
         """The mean cross-entropy of the answers' tokens; see `Task.loss` and `data/schema.py:CaptionBatch`.
 
         Metrics: "caption", the same; "token_accuracy", the share of these tokens that are the likeliest ones; and
-        "answers_cut", the share of the answers that were longer than their room.
+        "answers_cut", the share of the images with an answer that was longer than its room.
         """
         tokens, segment = batch["tokens"], batch["segment"]
         hidden = self._hidden(params, self._visual_tokens(params, batch["image"]), tokens, segment, batch["position"])
@@ -88,7 +90,7 @@ class CaptionTask:
     def means(
         self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> dict[str, list[Mean]]:
-        """The loss and its metrics as means, over the answers' tokens or over the answers; see `Task.means`."""
+        """The loss and its metrics as means, over the answers' tokens or over the images; see `Task.means`."""
         loss, metrics = self.loss(params, teachers, batch, key)
         counts = {"answers_cut": batch["cut"].size}
         learned = _learned(batch).sum()
@@ -117,7 +119,8 @@ class CaptionTask:
         decoder = {"params": params[DECODER]}
         text = self.decoder.apply(decoder, tokens, method="embed")
         embeddings = jnp.concatenate([visual.reshape(*shape, width), text], axis=1)
-        segments = jnp.concatenate([jnp.broadcast_to(place // per_image + 1, shape), segment], axis=1)
+        images = (place // per_image + 1) * SHARED
+        segments = jnp.concatenate([jnp.broadcast_to(images, shape), segment], axis=1)
         positions = jnp.concatenate([jnp.broadcast_to(place % per_image, shape), per_image + position], axis=1)
         return self.decoder.apply(decoder, embeddings, positions, segments)[:, shape[1] :]
 

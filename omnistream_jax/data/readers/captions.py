@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from omnistream_jax.data.boxes import REF_END, REF_START, format_box, format_phrase
+from omnistream_jax.data.boxes import REF_END, REF_START, format_box, format_phrase, without_boxes
 from omnistream_jax.data.chat import CONTROL
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.schema import CaptionedImage
@@ -51,9 +51,17 @@ class Prompt(NamedTuple):
     boxes: np.ndarray
     phrases: tuple[str, ...]
 
-    def with_image(self, image: np.ndarray, path: str) -> CaptionedImage:
-        """The whole, with uint8 [H, W, 3]."""
-        return CaptionedImage(image=image, path=path, **self._asdict())
+    @property
+    def text(self) -> tuple[str, str]:
+        """Instruction and answer."""
+        return self.instruction, self.answer
+
+    def with_image(
+        self, image: np.ndarray, path: str, others: Sequence[tuple[str, str]] | None = None
+    ) -> CaptionedImage:
+        """The whole, with uint8 [H, W, 3]; `others` of None are those that follow from this one (`implied_texts`)."""
+        others = implied_texts(self) if others is None else others
+        return CaptionedImage(image=image, path=path, **self._asdict(), others=tuple(others))
 
 
 def describe_prompt(text: object, row: str) -> Prompt:
@@ -96,6 +104,22 @@ def locate_prompt(phrase: object, box: Sequence[float], row: str) -> Prompt:
     """The box of what a phrase speaks of. Raises DataError, naming the row, for an empty phrase or no box."""
     text, corners = check_text(phrase, row), check_box(box, row)
     return Prompt(LOCATE.format(phrase=text), format_box(corners), corners[None], (text,))
+
+
+def implied_texts(prompt: Prompt) -> list[tuple[str, str]]:
+    """(instruction, answer) of what else a text with boxes tells: itself without them, and where each phrase is.
+
+    A phrase that comes up several times has all of its boxes. A text without boxes implies nothing, nor does the box of
+    a phrase that was asked for.
+    """
+    plain = {DESCRIBE_WITH_BOXES: DESCRIBE, TRANSCRIBE_WITH_BOXES: TRANSCRIBE}.get(prompt.instruction)
+    if plain is None:
+        return []
+    boxes_of: dict[str, list[str]] = {}
+    for phrase, box in zip(prompt.phrases, prompt.boxes, strict=True):
+        boxes_of.setdefault(phrase, []).append(format_box(box))
+    located = [(LOCATE.format(phrase=phrase), "".join(boxes)) for phrase, boxes in boxes_of.items()]
+    return [(plain, without_boxes(prompt.answer)), *located]
 
 
 def transcribe_prompt(pieces: Sequence[tuple[object, Sequence[float]]], row: str, *, with_boxes: bool) -> Prompt:

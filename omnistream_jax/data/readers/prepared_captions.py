@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omnistream_jax.data.images import read_image
 from omnistream_jax.data.picture_records import CaptionRecord, decode_caption
+from omnistream_jax.data.readers.captions import Prompt
 from omnistream_jax.data.schema import CaptionedImage
 from omnistream_jax.data.shard_index import CAPTIONS, ShardRecords, open_index
 
@@ -54,4 +55,4 @@ class PreparedCaptions:
         record = self.record(index)
         path = f"{self.describe(index)}: {record.path}"
         image = read_image(path, file=io.BytesIO(record.picture))
-        return CaptionedImage(image, record.instruction, record.answer, record.boxes, record.phrases, path)
+        return Prompt(record.instruction, record.answer, record.boxes, record.phrases).with_image(image, path)
