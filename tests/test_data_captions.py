@@ -123,9 +123,12 @@ def test_others_come_with_a_text_and_are_drawn_anew_in_every_pass(tokenizer):
 
 
 def test_a_record_with_fewer_texts_gives_all_it_has(tokenizer):
-    data = _data(tokenizer, others=(("describe", "chair"),), texts_per_image=4, max_tokens=4 * (BEFORE + 4))
-    segment = _step(data)["segment"]
-    assert np.unique(segment).tolist() == [0, 101, 102]
+    others = (("describe", "chair"), ("describe the red chair in the corner", "red"))
+    data = _data(tokenizer, others=others, texts_per_image=4, max_tokens=4 * (BEFORE + 4))
+    batch = _step(data)
+    assert np.unique(batch["segment"]).tolist() == [0, 101, 102]  # nothing would be left of the other's answer
+    assert batch["tokens"][0][(batch["segment"][0] == 102) & batch["target_mask"][0]].tolist() == [7, END]
+    assert not batch["cut"].any()
 
 
 def test_only_the_longest_answers_of_a_row_are_cut(tokenizer):

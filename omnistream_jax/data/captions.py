@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from omnistream_jax.data.boxes import move_boxes
-from omnistream_jax.data.chat import EMBEDDED, Chat, Turn, control_tokens, load_chat
+from omnistream_jax.data.chat import EMBEDDED, Turn, control_tokens, load_chat
 from omnistream_jax.data.errors import DataError, because, require_field
 from omnistream_jax.data.mixture import MixtureData
 from omnistream_jax.data.readers.captions import CaptionSource
@@ -41,11 +41,11 @@ class CaptionData(MixtureData[CaptionSource]):
     Attributes:
       tokenizer: "embedded", or a directory, hub id or JSON file of one with Qwen3's chat tokens (`chat.load_chat`).
       max_tokens: L, tokens of a row. Where its captions are longer, the longest answers are cut (`chat.shares`), and
-        still end with the token that ends them. A record of which L // (K texts_per_image) tokens would hold nothing
-        of an answer is skipped.
+        still end with the token that ends them. A record is skipped if L // (K texts_per_image) tokens would hold
+        nothing of its answer.
       captions_per_row: K, records of a row.
       texts_per_image: the most texts about an image: its record's own, and others of it, drawn anew in every pass
-        (`CaptionedImage.others`); a record that has fewer gives all of them.
+        (`CaptionedImage.others`); a record that has fewer gives all of them, but for those that do not fit.
       size: S, side of the square in pixels.
     """
 
@@ -71,30 +71,35 @@ class CaptionData(MixtureData[CaptionSource]):
         return load_chat(self.tokenizer).vocabulary_size
 
     def _sample(self, place: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        source, chat = self.sources[place], load_chat(self.tokenizer)
+        source = self.sources[place]
         with because("image or caption cannot be read"):
             sample = source.read(index)
         with because("text cannot be used"):
             check_text(sample)
             image, shown = letterbox(sample.image, self.size)
-            turns = [self._turn(chat, sample.path, *text, shown) for text in self._texts(sample, rng)]
+            turns = self._turns(sample, shown, rng)
         return {"image": image, "turns": turns}
 
-    def _texts(self, sample: CaptionedImage, rng: np.random.Generator) -> list[tuple[str, str]]:
-        """(instruction, answer) of a record, and of others about its image."""
-        count = min(self.texts_per_image - 1, len(sample.others))
-        others = rng.choice(len(sample.others), count, replace=False) if count else []
-        return [(sample.instruction, sample.answer), *(sample.others[place] for place in others)]
+    def _turns(self, sample: CaptionedImage, shown: tuple[float, float], rng: np.random.Generator) -> list[Turn]:
+        """A record's own text and others about its image as tokens; others of which nothing would be left stay out."""
+        chat, assured = load_chat(self.tokenizer), self.max_tokens // (self.captions_per_row * self.texts_per_image)
 
-    def _turn(self, chat: Chat, path: str, instruction: str, answer: str, shown: tuple[float, float]) -> Turn:
-        turn = chat.turn(move_boxes(instruction, shown), move_boxes(answer, shown), path)
-        assured = self.max_tokens // (self.captions_per_row * self.texts_per_image)
-        if not chat.shorten(turn, assured).answer:
+        def turn(instruction: str, answer: str) -> Turn:
+            return chat.turn(move_boxes(instruction, shown), move_boxes(answer, shown), sample.path)
+
+        own = turn(sample.instruction, sample.answer)
+        if not chat.shorten(own, assured).answer:
             raise DataError(
-                f"{path}: {assured} tokens leave no room for an answer after {len(turn.prompt)} before it",
+                f"{sample.path}: {assured} tokens leave no room for an answer after {len(own.prompt)} before it",
                 reason="no room for an answer",
             )
-        return turn
+        turns = [own]
+        for place in rng.permutation(len(sample.others)) if self.texts_per_image > 1 else ():
+            if len(turns) == self.texts_per_image:
+                break
+            other = turn(*sample.others[place])
+            turns += [other] if chat.shorten(other, assured).answer else []
+        return turns
 
     def _join(self, samples: grain.MapDataset) -> grain.MapDataset:
         return samples.batch(self.captions_per_row, batch_fn=self._row)
