@@ -362,13 +362,13 @@ def _learn(config: ConfigDict) -> None:
 def _learn_captions(config: ConfigDict) -> None:
     _learn(config)
     config.name = "learn_captions"
-    config.steps = 6_000
+    config.steps = 5_000
     config.tasks.clip_geometry.weight = 0.0
     # With the backbone at full rate the decoder made no use of pictures in 2,500 such steps, at a twentieth it did.
     config.optimizer.update({"beta2": 0.99, "factors": (("backbone", 0.1), ("projector", 0.3))})
     config.language.decoder.depth = 2
     # Several texts about a picture: as many answers with a picture each take twice the time.
-    captions = {"batch_size": 4, "captions_per_row": 1, "texts_per_image": 4, "max_tokens": 224}
+    captions = {"batch_size": 4, "captions_per_row": 1, "texts_per_image": 4, "max_tokens": 288}
     config.tasks.caption.update({**captions, "size": 48, "weight": 1.0})
     config.log_every = 100
     config.checkpoint.every = 2_000

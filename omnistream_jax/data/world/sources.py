@@ -15,7 +15,7 @@ import numpy as np
 from omnistream_jax.data.embedded import SPLITS
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.readers.base import posed_frame
-from omnistream_jax.data.readers.captions import DESCRIBE, Prompt, grounded_prompt, implied_texts, locate_prompt
+from omnistream_jax.data.readers.captions import DESCRIBE, Prompt, grounded_prompt, locate_prompt
 from omnistream_jax.data.schema import CaptionedImage, PosedFrame, Sample, SequenceInfo
 from omnistream_jax.data.sources import clip_indices
 from omnistream_jax.data.world.clips import Seen, WorldClip, render_clip
@@ -169,7 +169,7 @@ class WorldCaptions(_World):
 
     A picture is scene i at a moment of its own; its text names colours, materials, shapes, numbers and places that
     the picture shows. In turn, a record is one of TASKS: a description; a description with boxes in the text; the box
-    of one thing; a question. Besides its own it has texts of all four. Boxes are written as data/boxes.py has it.
+    of one thing; a question. The other three come with it. Boxes are written as data/boxes.py has it.
     """
 
     frames: int = 1
@@ -186,9 +186,10 @@ class WorldCaptions(_World):
         clip = render_clip(self.scene(index), [rng.random()], self.size)
         seen = {one.thing: one for one in left_to_right(clip.seen(0))}  # never empty: what moves is in sight
         path = self.describe(index)
-        prompt = _prompt(self.task(index), clip, seen, rng, path)
-        others = [text for text in _texts(clip, seen, rng, path) if text[0] != prompt.instruction]
-        return prompt.with_image(clip.images[0], path, others)
+        task = self.task(index)
+        own = _prompt(task, clip, seen, rng, path)
+        others = [_prompt(other, clip, seen, rng, path).text for other in self.TASKS if other != task]
+        return own.with_image(clip.images[0], path, others)
 
 
 def _prompt(task: str, clip: WorldClip, seen: dict[int, Seen], rng: np.random.Generator, path: str) -> Prompt:
@@ -210,16 +211,6 @@ def _prompt(task: str, clip: WorldClip, seen: dict[int, Seen], rng: np.random.Ge
     starts = {thing: caption.index(name) for thing, name in names.items()}
     spans = [(start, start + len(names[thing]), seen[thing].box) for thing, start in starts.items()]
     return grounded_prompt(caption, spans, path)
-
-
-def _texts(clip: WorldClip, seen: dict[int, Seen], rng: np.random.Generator, path: str) -> list[tuple[str, str]]:
-    """A description with boxes, all that it implies, and a question of each kind: (instruction, answer) of each."""
-    grounded = _prompt("ground", clip, seen, rng, path)
-    kinds: dict[str, list[Question]] = {}
-    for question in frame_questions(clip, 0, rng):
-        kinds.setdefault(question.kind, []).append(question)
-    asked = [some[rng.integers(len(some))] for some in kinds.values()]
-    return [grounded.text, *implied_texts(grounded), *((one.question, one.answer) for one in asked)]
 
 
 def _draw(questions: list[Question], rng: np.random.Generator) -> Question:
