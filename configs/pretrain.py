@@ -5,9 +5,9 @@
 (no argument)   The quick start: a tiny model on the photographs, videos, rendered scenes and captions that come with
                 the package. A CPU of 2 cores, 5 to 6 minutes, 2 GB. It promises pictures, not quality. Writes
                 runs/quickstart.
-learn           What is learned of geometry from the rendered scenes in a quarter of an hour on 2 cores: scores on
-                held-out scenes in the last line of runs/learn/metrics.jsonl (docs/learning.md).
-learn_captions  The same of descriptions, boxes and answers about rendered pictures; not yet run to its end.
+learn           What is learned of geometry from the rendered scenes in 10 minutes on 2 cores: scores on held-out
+                scenes in the last line of runs/learn/metrics.jsonl (docs/learning.md).
+learn_captions  The same of descriptions, boxes and answers about rendered pictures.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from all that stage 1 has trained:
                 --config.init.weights=runs/stage1 --config.self_supervision.gram.backbone=DINOV3_DIR
@@ -73,7 +73,7 @@ def _paper() -> ConfigDict:
     config.topology = ""
     config.name = "stage1"  # without --workdir the run lies in runs/NAME
     config.seed = 0
-    config.steps = 60_000  # 0: nothing is trained; the model and the scores of what init names, or of random weights
+    config.steps = 60_000  # 0: no training; scores and exports the weights that init names, or random ones
 
     # Sizes: tiny, small, base, large (models/presets.py). patch_size 0 is the preset's. dtype auto: bfloat16 on
     # accelerators. remat: what a block keeps for its backward pass: none (nothing is computed again), dots (products
@@ -92,7 +92,8 @@ def _paper() -> ConfigDict:
         }
     )
     # How many devices share the work in which way (sharding.py): data splits batches; fsdp splits batches and
-    # parameters; tensor splits heads, MLPs, prototypes and the vocabulary. -1: all that are left over.
+    # parameters; tensor splits heads, MLPs, prototypes and the vocabulary. -1: all that are left over; without it, one
+    # process may use fewer devices than there are.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     # Directories or hub ids; "": from scratch. The decoder is Qwen3 in the Hugging Face layout. weights: another run's
     # --workdir, or one of its checkpoints, from whose EMA teacher all parts of the model start (parts: those named, as
@@ -135,7 +136,7 @@ def _paper() -> ConfigDict:
         }
     )
 
-    # Depth, rays and cameras of posed clips (SPEC 5). layers: the four blocks that feed the dual DPT; () is Depth
+    # Depth, rays and cameras of posed clips. layers: the four blocks that feed the dual DPT; () is Depth
     # Anything 3's choice. gradient_scales: 1, or VGGT's 4. point_norm: l1, or VGGT's l2. units: clip, lengths are
     # divided by the clip's mean distance to its first camera; metres, they stay, and data that is not metric teaches
     # no length.
@@ -154,7 +155,7 @@ def _paper() -> ConfigDict:
         }
     )
 
-    # The decoder of captions (SPEC 6). tokenizer: "embedded", or a directory, hub id or JSON file of one with Qwen3's
+    # The decoder of captions. tokenizer: "embedded", or a directory, hub id or JSON file of one with Qwen3's
     # chat tokens; "": that of init.decoder. decoder: tiny, 0.6b, 1.7b, ... (models/qwen3.py), and other sizes than the
     # preset's where they are not 0; a vocabulary_size of 0 is the tokenizer's. kernel_std: standard deviation of the
     # projector's kernels, and of the decoder's where it starts from scratch. chunk: tokens of a device whose logits are
@@ -214,8 +215,9 @@ def _paper() -> ConfigDict:
         "colour": True,
     }
     # paths of captions as of posed clips. A sample is a row: captions_per_row images of size x size pixels and their
-    # texts, of max_tokens tokens together; longer answers are cut. 256 captions a step. texts_per_image: a record's own
-    # text and so many less one of the others that its data set has of the image; none sees another.
+    # texts, of max_tokens tokens together; longer answers are cut. 256 captions a step. texts_per_image: at most so
+    # many texts about an image, the record's own and others that follow from it (GRIT, BLIP3-OCR) or come with it (the
+    # world; RefCOCO and SA-1B have none); texts do not see each other.
     captioned = {
         "kind": "captioned",
         "weight": 1.0,
@@ -303,6 +305,7 @@ def _quick_start(config: ConfigDict) -> None:
     config.name = "quickstart"
     config.steps = 330
     config.model.preset = "tiny"
+    config.mesh.data = 1  # its batches are too small to split
     # A few hundred steps are enough only if the targets are sharp and the teacher is quick from the start: few, large
     # and fixed prototypes, one teacher temperature, gradients as they are.
     config.optimizer.update({"peak": 2e-3, "warmup_steps": 30, "clip_norm": 0.0, "freeze_prototypes_steps": 1_000_000})

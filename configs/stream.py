@@ -31,8 +31,8 @@ With a question:
 
 OUTPUT/answers.jsonl  a line an answer: "frame" and "time" in seconds after which it was asked, "question", "answer",
                       "frames" that the decoder was shown (by index), "seconds" that it took. Also on the terminal, and
-                      in stream.rrd as the text log "answer". Boxes in it are in thousandths of the frame's width and
-                      height (omnistream_jax/data/boxes.py)
+                      in stream.rrd as the text log "answer". Boxes in it are in thousandths of the width and height
+                      of the frame as the model sees it, after `resize` (omnistream_jax/data/boxes.py)
 
 With geometry, in metres (see `metres_per_unit`), in the first camera's axes: x right, y down, z ahead:
 
@@ -77,8 +77,8 @@ def get_config() -> ConfigDict:
     config.answer = ConfigDict(  # read only with a question
         {
             "every": 0,  # frames from one answer to the next, and one at the end; 0: only that
-            # That the decoder is shown: the newest, and some of the past, evenly spread. 1: the newest alone, as in
-            # training on pictures; what came before is in its features all the same.
+            # Frames that the decoder is shown: the newest, and some of the past, evenly spread. 1: the newest alone,
+            # as in training on pictures; what came before is in its features all the same.
             "max_frames": 16,
             "max_tokens": 128,  # of an answer
         }

@@ -134,7 +134,10 @@ def load_geometry(path: str | os.PathLike, rope: str | None = None, dtype: Any =
     model = model_lib.load(path, rope=rope, dtype=dtype)
     directory = find_directory(path)
     if not (directory / CONFIG_NAME).exists():
-        raise WeightsError(f"{directory}: a backbone without geometry heads, expected {CONFIG_NAME} in it")
+        raise WeightsError(
+            f"{directory}: a backbone without geometry heads, expected {CONFIG_NAME} in it. The released weights have "
+            "none; training with tasks.clip_geometry makes them (WORKDIR/model)"
+        )
     if not model.config.camera:
         raise WeightsError(f"{directory}: geometry heads need a backbone with a camera token, this one has none")
     config = _read_config(directory / CONFIG_NAME, model.config.depth)

@@ -143,5 +143,5 @@ def import_rerun() -> Any:
         import rerun
         import rerun.blueprint
     except ImportError as error:
-        raise ConfigError("record, viewer: Rerun is missing; pip install -e .[viz], or leave both off") from error
+        raise ConfigError("record, viewer: Rerun is missing; pip install -e '.[viz]', or leave both off") from error
     return rerun

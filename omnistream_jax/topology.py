@@ -185,7 +185,10 @@ def planned_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int 
         ConfigError: the sizes do not fit; the platform's plug-in is not installed; there is no such slice.
     """
     try:
-        return lay_out(mesh_sizes(data, fsdp, tensor), _devices(topology))
+        sizes = mesh_sizes(data, fsdp, tensor)
+        if (used := math.prod(sizes.values())) != topology.count:
+            raise ValueError(f"mesh.data: {used} of the {topology.count} devices of {topology.name} (-1: all)")
+        return lay_out(sizes, _devices(topology))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -22,14 +22,15 @@ class Watch:
     Args:
         tasks: of the run.
         dtype: of the backbone's activations.
+        devices: that the run uses.
         clock: for tests.
     """
 
-    def __init__(self, tasks: Sequence[Task], dtype: jnp.dtype, clock: StepClock | None = None):
+    def __init__(self, tasks: Sequence[Task], dtype: jnp.dtype, devices: int, clock: StepClock | None = None):
         self._tasks = {task.name: task for task in tasks}
         self._clock = clock or StepClock()
         peak = peak_flops(jax.devices()[0], dtype)
-        self._peak = None if peak is None else peak * jax.device_count()
+        self._peak = None if peak is None else peak * devices
         self._fresh()
 
     def charge(self, part: str) -> None:

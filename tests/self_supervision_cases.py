@@ -127,7 +127,7 @@ def gram(student: np.ndarray, teacher: np.ndarray) -> float:
 def reference_loss(
     task: SelfSupervisionTask, state: TrainState, batch: Mapping[str, np.ndarray]
 ) -> tuple[float, dict[str, float]]:
-    """L_ssl of SPEC 4 and its terms, crop by crop; the settings must have no jitter of the rotary positions."""
+    """L_ssl and its terms, crop by crop; the settings must have no jitter of the rotary positions."""
     settings, masks = task.settings, batch["masks"]
     assert settings.rope_jitter == 1.0
     samples, views, locals_ = len(masks), range(2), range(batch["local_crops"].shape[1])

@@ -302,7 +302,7 @@ def test_a_second_run_into_one_directory_is_refused(config_for, tmp_path):
 
 def test_plots_without_matplotlib_are_refused_by_what_to_install(config_for, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"plots: matplotlib is missing; pip install -e \.\[eval\]"):
+    with pytest.raises(ConfigError, match=r"plots: matplotlib is missing; pip install -e '\.\[eval\]'"):
         evaluate(config_for(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

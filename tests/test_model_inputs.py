@@ -27,7 +27,7 @@ def model_without_camera():
     return cases.random_model(camera=False)
 
 
-# The interface of shared/DESIGN.md. `time_unit=None` stands for the model's own, which is 16 unless config.json says
+# The public interface. `time_unit=None` stands for the model's own, which is 16 unless config.json says
 # otherwise; height and width have defaults because `batch` before them has one; `check` asks for finite frames.
 
 

@@ -95,10 +95,18 @@ def test_an_axis_of_minus_one_takes_what_is_left_over(axes, expected, monkeypatc
     assert tuple(sharding.mesh_sizes(**axes).values()) == expected
 
 
+def test_one_process_may_leave_devices_out_and_several_may_not(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert tuple(sharding.mesh_sizes(data=2, fsdp=2).values()) == (2, 2, 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"mesh.data: mesh.data 2 x mesh.fsdp 2 makes 4 devices, there are 8"):
+        sharding.mesh_sizes(data=2, fsdp=2)
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"data": 3}, "mesh.data: mesh.data 3 makes 3 devices, there are 8"),
+        ({"data": 9}, "mesh.data: mesh.data 9 makes 9 devices, there are 8"),
         ({"fsdp": 3}, "mesh.data: mesh.fsdp 3 does not divide the 8 devices"),
         ({"fsdp": 0}, "mesh.fsdp: expected 1 or more devices, or -1"),
         ({"fsdp": -1}, "mesh.fsdp: only one axis can be -1, and mesh.data is"),

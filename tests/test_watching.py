@@ -105,7 +105,7 @@ def test_the_share_of_the_peak_is_what_the_hand_computes(monkeypatch):
     monkeypatch.setattr(watch_lib, "peak_flops", lambda device, dtype: 100.0)
     moments = iter([0.0, 1.0, 4.0])
     tasks = [types.SimpleNamespace(name=name) for name in ("caption", "clip_geometry")]
-    watch = Watch(tasks, jnp.bfloat16, StepClock(lambda: next(moments)))
+    watch = Watch(tasks, jnp.bfloat16, 2, StepClock(lambda: next(moments)))
     batches = {
         "caption": {"image": np.zeros((3, 2, 4, 4, 3)), "target_mask": np.arange(10) < 7},
         "clip_geometry": {"frames": np.zeros((2, 5, 4, 4, 3))},
@@ -116,13 +116,13 @@ def test_the_share_of_the_peak_is_what_the_hand_computes(monkeypatch):
     watch.charge("device")
     speed = watch.speed()
     assert asked == [("caption", 7, 0), ("clip_geometry", None, 0), ("caption", 7, 1), ("clip_geometry", None, 1)]
-    assert speed.utilisation == pytest.approx((30 + 35 + 30 + 25) / (4 * 100 * jax.device_count()))
+    assert speed.utilisation == pytest.approx((30 + 35 + 30 + 25) / (4 * 100 * 2))
     assert speed.counts == {"images": 12, "frames": 20}
     assert speed.seconds == {"data": 1.0, "device": 3.0, "save": 0.0, "other": 0.0}
 
 
 def test_where_the_peak_is_not_known_no_share_is_told():
-    watch = Watch([types.SimpleNamespace(name="clip_geometry")], jnp.float32)
+    watch = Watch([types.SimpleNamespace(name="clip_geometry")], jnp.float32, 1)
     watch.count(1, {"clip_geometry": {"frames": np.zeros((2, 5, 4, 4, 3))}})
     watch.charge("device")
     assert watch.speed().utilisation is None

@@ -35,7 +35,7 @@ def small_config(**overrides: object) -> ConfigDict:
     small |= {"evaluation.geometry_size": 32, "tasks.clip_geometry.frames": 2}
     small |= {"tasks.clip_geometry.height": 32, "tasks.clip_geometry.width": 32}
     small |= {"tasks.caption.weight": 0.0, "tasks.caption.size": 32, "tasks.caption.captions_per_row": 2}
-    small |= {"tasks.caption.max_tokens": 96, "evaluation.caption_records": 2}
+    small |= {"tasks.caption.max_tokens": 96, "evaluation.caption_records": 2, "mesh.data": -1}
     small |= {f"language.decoder.{field}": value for field, value in {"width": 32, "depth": 1, "hidden": 32}.items()}
     return config_lib.load(PRETRAIN, small | {name.replace("__", "."): value for name, value in overrides.items()})
 

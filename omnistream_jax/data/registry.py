@@ -120,7 +120,8 @@ def open_dataset(name: str, root: str | os.PathLike, /, split: str = "train", **
     try:
         target = entry.load()
     except ImportError as error:
-        raise DataError(f"dataset {name}: its reader cannot be imported ({error})") from error
+        hint = "pip install -e '.[data]' installs what readers need"
+        raise DataError(f"dataset {name}: its reader cannot be imported ({error}); {hint}") from error
     opener = target.open if inspect.isclass(target) else target
     signature = inspect.signature(opener)
     options = {**entry.options, "split": split, **options}

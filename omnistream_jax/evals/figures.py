@@ -22,7 +22,8 @@ def new_figure(inches: tuple[float, float]) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plots: matplotlib is missing; pip install -e .[eval], or set plots=False") from error
+        hint = "pip install -e '.[eval]', or give --config.plots=False"
+        raise ValueError(f"plots: matplotlib is missing; {hint}") from error
     figure = Figure(figsize=inches, dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

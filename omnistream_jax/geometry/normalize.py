@@ -37,7 +37,7 @@ def normalize_clip(
     has_pose: jax.Array | None = None,
     pixels: jax.Array | None = None,
 ) -> NormalizedClip:
-    """Moves clips into the frames of their first cameras and divides them by `clip_scale` (VGGT; SPEC 5).
+    """Moves clips into the frames of their first cameras and divides them by `clip_scale` (VGGT).
 
     Nothing that stands in `depth` where it is not valid, or in `cam_to_world` without poses, has an effect on values
     or gradients, NaN included.

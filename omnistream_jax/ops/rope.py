@@ -92,7 +92,7 @@ def apply_rope(tokens: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def random_scale(key: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
-    """Training's jitter: factors (time, space) on the coordinates, log-uniform in [1 / largest, largest] (SPEC 2)."""
+    """Training's jitter: factors (time, space) on the coordinates, log-uniform in [1 / largest, largest]."""
     limit = jnp.log(largest)
     time, space = jnp.exp(jax.random.uniform(key, (2,), minval=-limit, maxval=limit))
     return time, space

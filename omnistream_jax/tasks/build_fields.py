@@ -1,13 +1,14 @@
 """What building any task needs: checks of config fields, and the sources that `paths` names."""
 
 import dataclasses
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from omnistream_jax.config import ConfigError
 from omnistream_jax.data.errors import DataError
-from omnistream_jax.data.registry import ENTRIES, open_dataset
+from omnistream_jax.data.registry import ENTRIES, find_entry, open_dataset
 from omnistream_jax.data.sources import embedded_source, image_source, video_source
 from omnistream_jax.sharding import mesh_sizes
 
@@ -39,7 +40,7 @@ def require_whole_batches(name: str, fields: ConfigDict, mesh: ConfigDict) -> No
     sizes = mesh_sizes(**mesh)
     shards = sizes["data"] * sizes["fsdp"]
     whole = fields.batch_size >= 1 and fields.batch_size % shards == 0
-    expected = f"a multiple of the {shards} parts into which mesh.data x mesh.fsdp split it"
+    expected = f"a multiple of the {shards} parts into which mesh.data x mesh.fsdp split it (fewer devices: mesh.data)"
     require(whole, f"tasks.{name}.batch_size", fields.batch_size, expected)
     own = fields.batch_size // shards
     divides = fields.micro_batches >= 1 and own % fields.micro_batches == 0
@@ -78,6 +79,8 @@ def _source(name: str, fields: ConfigDict, path: str) -> Any:
                 raise ConfigError(f"tasks.{name}.paths: {dataset} holds {ENTRIES[dataset].kind}, expected {kind}")
             source = open_dataset(dataset, root)
             return dataclasses.replace(source, **sampling) if sampling else source
+        if colon and dataset.isidentifier() and not os.path.exists(path):
+            find_entry(dataset)  # tells what the name may have been meant to be
         if kind not in ("images", "videos"):
             raise ConfigError(f"tasks.{name}.paths: {path!r}, expected {_EXPECTED[fields.kind]}")
         return image_source(path) if kind == "images" else video_source(path, **sampling)

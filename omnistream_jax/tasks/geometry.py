@@ -27,7 +27,7 @@ HEADS = "geometry"
 
 @dataclasses.dataclass(frozen=True)
 class GeometrySettings:
-    """Constants of L_geo (SPEC 5).
+    """Constants of L_geo.
 
     Attributes:
         alpha: weight of -log(confidence).

@@ -27,7 +27,7 @@ from omnistream_jax.tasks.task import Params, Teachers
 
 @dataclasses.dataclass(frozen=True)
 class SelfSupervisionSettings:
-    """Constants of L_ssl; the defaults are OmniStream's (SPEC 4).
+    """Constants of L_ssl; the defaults are OmniStream's (eq. 5, 11-15).
 
     Attributes:
         student_temperature: of the student's softmax.

@@ -79,7 +79,7 @@ def need(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        message = f"this data set needs the package {module}, which is not installed: pip install omnistream_jax[data]"
+        message = f"this data set needs the package {module}, which is not installed: pip install -e '.[data]'"
         raise DataError(message) from None
 
 

@@ -2,7 +2,7 @@
 
 It reads what is on the disk already, DATA_DIR/NAME/VERSION/ in the formats ArrayRecord or Parquet; TFRecord cannot be
 read at random, and is refused. Videos are sequences of pictures: TFDS's own feature Video needs TensorFlow even to be
-looked at. Needs `pip install omnistream_jax[tfds]`.
+looked at. Needs `pip install -e ".[tfds]"`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _import() -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise DataError(f"tfds: TensorFlow Datasets is missing ({error}): pip install omnistream_jax[tfds]") from error
+        raise DataError(f"tfds: TensorFlow Datasets is missing ({error}): pip install -e '.[tfds]'") from error
     return tensorflow_datasets
 
 
