@@ -20,7 +20,8 @@ Counts of the data are checked before anything is computed, and other counts tha
 Batches are split over all devices; running the same command again goes on from the last checkpoint, to the same bits.
 Exit status: 0 scored, 1 a file is broken or the device cannot do it, 2 a field that cannot work.
 
-OUTPUT/probe.json         every setting, versions, counts, the scores of all heads, the best one, and the paper's beside
+OUTPUT/probe.json         every setting, versions, counts, the scores of all heads, the best one, and the paper's, where
+                          the data are complete
 OUTPUT/plots/*.png        the score of each learning rate, and what the protocol shows of the best head
 OUTPUT/evaluations.json   the scores of all heads, during training too
 OUTPUT/checkpoints        the heads and their optimisers while it runs
@@ -73,11 +74,13 @@ def _shared() -> ConfigDict:
     config.evaluate_every = 0  # steps; 0: at the end alone
     config.evaluate_batch = 32  # samples at once
     config.heads_at_once = 0  # whose gradients are computed side by side; 0: all. Fewer take less memory
-    config.encode_batch = 0  # clips that pass the backbone at once, over all devices; 0: a whole batch
+    config.encode_batch = 0  # clips, whole ones, that pass the backbone at once, over all devices; 0: a whole batch
     config.checkpoint_every = 1_000  # steps
     config.log_every = 50  # steps
     config.time_unit = 0.0  # frame t has the time coordinate t / time_unit; 0: the model's own, 16 as released
-    config.compute_dtype = "auto"  # of the backbone's activations; auto: bfloat16 on accelerators, float32 on a CPU
+    # Of the activations of the backbone and of the attentive probe; linear heads are always float32. auto: bfloat16 on
+    # accelerators, float32 on a CPU.
+    config.compute_dtype = "auto"
 
     # How many devices share the work in which way (sharding.py): data splits batches, fsdp also the backbone.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
@@ -137,7 +140,11 @@ def _depth_augmentation() -> ConfigDict:
 
 
 def _nyuv2(config: ConfigDict) -> None:
-    """DINOv3's linear depth; the paper differs in the learning rate alone."""
+    """DINOv3's linear depth; the paper differs in the learning rate alone.
+
+    Left out: in DINOv3 the backbone is in train mode for the first 1,600 steps, where its RoPE's coordinates are
+    rescaled at random. Here it never is.
+    """
     config.probe = "nyuv2"
     config.benchmark = "nyuv2"
     linear = {
@@ -186,7 +193,7 @@ def _ade20k(config: ConfigDict) -> None:
         "window": 512,  # slides over it
         "stride": 341,
         "best_evaluation": True,  # report the best of all evaluations, not the last
-        "compute_dtype": "float32",  # DINOv3 runs this protocol alone so
+        "compute_dtype": "float32",  # fixed by DINOv3's own config of this protocol
     }
     _set_presets(config, {"paper": linear, "dinov3": linear})
     config.evaluate_every = 5_000
@@ -230,6 +237,8 @@ def _action(
         "stride": 4,  # frames of the video from one to the next
         "views": 3,  # cuts of a held-out video along its longer side, scored apart
         "validation_window": "random",  # where a clip lies in its part of a held-out video; or middle
+        # Ours: V-JEPA 2 logs the best head of each epoch and chooses none of them. The last epoch's; True: the best's.
+        "best_evaluation": False,
     }
     _set_presets(config, {"paper": {**theirs, "learning_rates": learning_rates}, "vjepa2": theirs})
     config.short_side = 0  # to which held-out frames are resized; 0: size, or 256 / 224 of it for a single view
@@ -251,8 +260,10 @@ def _attentive(
     config.probe_depth = probe_depth  # its blocks, the last of which pools
     config.initial_probe = ""  # file or directory of weights with which each head starts, V-JEPA 2's for instance
     config.remat = True  # keep the inputs of the probe's blocks alone for the backward pass: less memory, more time
+    # clip: a frame sees those before it, as OmniStream's; frame: each is encoded alone, as an image model, DINOv3 for
+    # instance, must be: in one clip its frames would see each other, which it never learned
+    config.features = "clip"
     config.shuffle_frames = False  # the frames of each clip in a random order: what the probe can tell without time
-    config.best_evaluation = False  # report the best of all evaluations, not the last
     config.rand_augment = rand_augment  # of training clips; "": none
     config.crop_scale = (0.08, 1.0)  # of a training crop, as a share of the frame's area
     config.flip_probability = 0.0  # classes know left from right
@@ -344,6 +355,7 @@ def _world_motion(config: ConfigDict) -> None:
     config.validation_seed = 0  # draws the order of the frames, where they are shuffled
     config.evaluate_every = 200
     config.evaluate_batch = 110
+    config.best_evaluation = False  # report the best of all evaluations, not the last
     _attentive(config, probe_heads=8, probe_depth=2, rand_augment="", erase_probability=0.0)
     config.remat = False
 

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import FrameType
 
 
 def main() -> int:
@@ -39,22 +38,16 @@ def main() -> int:
     if not arguments:
         parser.error("expected -- --config=FILE.py and the run's other flags")
 
-    children: list[subprocess.Popen] = []
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
-
+    asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    children += start(options.processes, arguments, options.devices, options.gpus)
-    readers = [threading.Thread(target=tell, args=(index, child)) for index, child in enumerate(children)]
+        signal.signal(number, lambda number, _: asked.append(number))
+    children = start(options.processes, arguments, options.devices, options.gpus)
+    readers = [threading.Thread(target=tell, args=pair, daemon=True) for pair in enumerate(children)]
     for reader in readers:
         reader.start()
-    status = wait(children, options.grace)
+    status = wait(children, options.grace, asked)
     for reader in readers:
-        reader.join(timeout=5)  # a grandchild may hold the pipe
+        reader.join(timeout=5)  # a grandchild may hold the pipe, for good
     return status
 
 
@@ -93,10 +86,17 @@ def tell(index: int, child: subprocess.Popen) -> None:
         sys.stdout.buffer.flush()
 
 
-def wait(children: list[subprocess.Popen], grace: float) -> int:
-    """Until all have ended, by themselves or `grace` seconds after the first that failed; the exit status."""
+def wait(children: list[subprocess.Popen], grace: float, asked: list[int]) -> int:
+    """Until all have ended, by themselves or `grace` seconds after the first that failed; the exit status.
+
+    Signals that come to stand in `asked` go to all children, also those of before there were children.
+    """
     failed, deadline = 0, None
     while True:
+        while asked:
+            number = asked.pop(0)
+            for child in children:
+                child.send_signal(number)
         statuses = [child.poll() for child in children]
         if not failed and (wrong := [(index, status) for index, status in enumerate(statuses) if status]):
             index, failed = wrong[0]

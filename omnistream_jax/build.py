@@ -17,12 +17,13 @@ from omnistream_jax.convert.initialise import check_decoder, gram_config, initia
 from omnistream_jax.convert.qwen3 import load_decoder
 from omnistream_jax.data.embedded import heldout_clip
 from omnistream_jax.models.backbone import Backbone
+from omnistream_jax.models.projector import DECODER
 from omnistream_jax.models.qwen3 import Qwen3Config
 from omnistream_jax.optim import Optimizer
 from omnistream_jax.sharding import host_copy, make_mesh, put_on_mesh, state_shardings
 from omnistream_jax.step import TrainState, init_params, init_state
 from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, trains, trains_gram
-from omnistream_jax.tasks.caption import DECODER, CaptionTask
+from omnistream_jax.tasks.caption import CaptionTask
 from omnistream_jax.tasks.task import Params, Task
 from omnistream_jax.weights import find_checkpoint, restore_weights, taken_parts
 

@@ -19,8 +19,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -28,19 +29,16 @@ import orbax.checkpoint as orbax
 from absl import logging
 from jax.experimental import multihost_utils
 
-from omnistream_jax.utils.agreement import any_process, from_first_process
+from omnistream_jax.utils.agreement import from_first_process, shared_message, warn
+from omnistream_jax.utils.failures import passing_failure, reason
 from omnistream_jax.utils.trees import describe, fingerprint, named_leaves, nest
 
 ocp = orbax.v1
 _FORMAT = 1  # of the record
 _ITEM = "state"  # the folder of the arrays in a step's directory
 _COMMIT_FILE = "commit_success.txt"
-_NOT_DAMAGE = (
-    "RESOURCE_EXHAUSTED",
-    "PERMISSION_DENIED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-)  # of the machine
+_LAST_SAVE_SECONDS = 30.0  # for a save that is under way when a process fails
+_Value = TypeVar("_Value")
 
 
 class CheckpointError(RuntimeError):
@@ -108,6 +106,10 @@ class Checkpoints:
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if _is_step(name))
 
+    def damaged(self) -> list[str]:
+        """Names of the directories of damaged steps that were put aside, sorted."""
+        return sorted(path.name for path in self.directory.glob("*.bad*"))
+
     # Saving
 
     def save(self, step: int, state: object, metadata: dict | None = None) -> None:
@@ -173,8 +175,27 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None and issubclass(kind, Exception) and jax.process_count() > 1:
+            self._end_alone()
+        else:
+            self.close()
+
+    def _end_alone(self) -> None:
+        """What `close` does, without the other processes: they may be in a step that this one will never make.
+
+        They write their parts of a save that was begun in the background, and so it is most often whole soon.
+        """
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        try:
+            response.result(timeout=_LAST_SAVE_SECONDS)
+            if jax.process_index() == 0:
+                _hand_to_disk(self.directory / str(step))
+        except Exception as error:
+            who, where = jax.process_index(), self.directory
+            logging.warning("Process %d: step %d, of which it wrote a part to %s: %s", who, step, where, reason(error))
 
     def _open(self) -> ocp.training.Checkpointer:
         """Orbax's own manager, which lists the directory when made: after damaged steps were put aside."""
@@ -201,10 +222,10 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax wraps whatever went wrong
             failure = error
-        if any_process(failure is not None):
+        told = shared_message(reason(failure) if failure else None)
+        if told is not None:
             self._abandon(step)
-            reason = _reason(failure) if failure else "another process has failed"
-            raise SaveFailedError(f"step {step} could not be saved in {self.directory}: {reason}") from failure
+            raise SaveFailedError(f"step {step} could not be saved in {self.directory}: {told}") from failure
 
     def _abandon(self, step: int) -> None:
         """Forgets Orbax's manager, which counts the failed step as saved, and removes what there is of the step."""
@@ -225,12 +246,13 @@ class Checkpoints:
         """
         damage = "there is none"
         for candidate in reversed(from_first_process(self.steps) if step is None else [step]):
+            path = self.directory / str(candidate)
             try:
-                record = _read_record(self.directory / str(candidate), candidate)
+                record = _agreed(lambda path=path, step=candidate: _read_record(path, step))
                 return Contents(candidate, record["leaves"], record["metadata"])
             except _DamagedError as error:
                 damage = str(error)
-                logging.warning("Checkpoint %s is damaged: %s", self.directory / str(candidate), damage)
+                warn("Checkpoint %s is damaged: %s", path, damage)
         raise CheckpointError(f"no checkpoint in {self.directory} can be used: {damage}")
 
     def restore_latest(
@@ -255,19 +277,13 @@ class Checkpoints:
         self.wait()
         steps = from_first_process(self.steps) if step is None else [step]
         for step in reversed(steps):
-            damage = failure = None
             try:
                 state, metadata = self._restore(step, abstract_state, partial)
             except _DamagedError as error:
-                damage = str(error)
-            except CheckpointError as error:
-                failure = error
-            if any_process(failure is not None):
-                raise failure or CheckpointError(f"another process could not read {self.directory / str(step)}")
-            if not any_process(damage is not None):
+                self._put_aside(step, str(error))
+            else:
                 return step, state, metadata
-            self._put_aside(step, damage or "another process found it damaged")
-        aside = from_first_process(lambda: sorted(path.name for path in self.directory.glob("*.bad*")))
+        aside = from_first_process(self.damaged)
         if steps or aside:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is whole (damaged: {', '.join(aside) or steps}). "
@@ -276,37 +292,22 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract_state: object, partial: bool) -> tuple[object, dict]:
+        """Raises _DamagedError in every process where one finds damage, CheckpointError likewise."""
         path = self.directory / str(step)
-        record = _read_record(path, step)
         wanted = {name: _with_sharding(leaf) for name, leaf in named_leaves(abstract_state).items()}
-        unlike = differences(record["leaves"], wanted, partial=partial)
-        if unlike:
-            problem = "\n  ".join([f"checkpoint {path} does not fit this run:", *unlike])
-            raise CheckpointMismatchError(problem)
-        context = ocp.Context()
-        context.pytree.loading.partial_load = partial
-        try:
-            with context:
-                loaded = named_leaves(ocp.load(path, nest(wanted), checkpointable_name=_ITEM))
-        except Exception as error:
-            _raise_unless_damage(error, path)
-            raise _DamagedError(f"its arrays cannot be read: {_reason(error)}") from error
-        found = fingerprint(loaded)
-        changed = [name for name in wanted if found[name] != record["fingerprint"][name]]
-        if changed:
-            raise _DamagedError(f"the bits have changed of {_some(changed)}")
+        record = _agreed(lambda: _fitting_record(path, step, wanted, partial))
+        loaded = _agreed(lambda: _load(path, wanted, partial))
+        _agreed(lambda: _check_bits(loaded, record["fingerprint"]))
         leaves = [loaded[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), record["metadata"]
 
     def _put_aside(self, step: int, damage: str) -> None:
         path = self.directory / str(step)
         if self._read_only:
-            logging.warning("Checkpoint %s is damaged: %s. Trying the one before it.", path, damage)
+            warn("Checkpoint %s is damaged: %s. Trying the one before it.", path, damage)
             return
         aside = _free_name(self.directory / f"{step}.bad")
-        logging.warning(
-            "Checkpoint %s is damaged: %s. Renamed to %s; trying the one before it.", path, damage, aside.name
-        )
+        warn("Checkpoint %s is damaged: %s. Renamed to %s; trying the one before it.", path, damage, aside.name)
         if jax.process_index() == 0:
             path.rename(aside)
         if jax.process_count() > 1:
@@ -384,10 +385,11 @@ def _read_record(path: Path, step: int) -> dict:
     try:
         found = ocp.metadata(path)
         record, digest = found.custom_metadata["record"], found.custom_metadata["sha256"]
+        committed = found.commit_timestamp_nsecs is not None and _commit_file_stands(path)
     except Exception as error:
         _raise_unless_damage(error, path)
-        raise _DamagedError(f"its metadata cannot be read: {_reason(error)}") from error
-    if found.commit_timestamp_nsecs is None or not _commit_file_stands(path):
+        raise _DamagedError(f"its metadata cannot be read: {reason(error)}") from error
+    if not committed:
         raise _DamagedError("it was not committed")
     if _digest(record) != digest:
         raise _DamagedError("its metadata has changed")
@@ -400,7 +402,7 @@ def _read_record(path: Path, step: int) -> dict:
 
 def _commit_file_stands(path: Path) -> bool:
     """Orbax from 0.12.8 on marks both the step and its arrays as committed, the ones before it neither of them."""
-    return (path / _COMMIT_FILE).exists() or not (path / _ITEM / _COMMIT_FILE).exists()
+    return _COMMIT_FILE in os.listdir(path) or _COMMIT_FILE not in os.listdir(path / _ITEM)
 
 
 def differences(stored: Mapping[str, str], wanted: Mapping[str, object], *, partial: bool = False) -> list[str]:
@@ -422,6 +424,39 @@ def differences(stored: Mapping[str, str], wanted: Mapping[str, object], *, part
     return lines
 
 
+def _fitting_record(path: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool) -> dict:
+    record = _read_record(path, step)
+    unlike = differences(record["leaves"], wanted, partial=partial)
+    if unlike:
+        raise CheckpointMismatchError("\n  ".join([f"checkpoint {path} does not fit this run:", *unlike]))
+    return record
+
+
+# The arrays
+
+
+def _load(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool) -> dict[str, jax.Array]:
+    """This process's part of each array, by itself: at Orbax's barriers it would wait for one that finds damage."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"load_{here}"
+    )
+    context = ocp.Context(multiprocessing_options=alone)
+    context.pytree.loading.partial_load = partial
+    try:
+        with context:
+            return named_leaves(ocp.load(path, nest(wanted), checkpointable_name=_ITEM))
+    except Exception as error:
+        _raise_unless_damage(error, path)
+        raise _DamagedError(f"its arrays cannot be read: {reason(error)}") from error
+
+
+def _check_bits(loaded: Mapping[str, jax.Array], expected: Mapping[str, int]) -> None:
+    changed = [name for name, value in fingerprint(loaded).items() if value != expected[name]]
+    if changed:
+        raise _DamagedError(f"the bits have changed of {_some(changed)}")
+
+
 def _with_sharding(leaf: object) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -430,26 +465,29 @@ def _with_sharding(leaf: object) -> jax.ShapeDtypeStruct:
 # Errors
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """An exception and those that it wraps, the root last."""
-    chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-        chain.append(inner)
-    return chain
-
-
-def _reason(error: BaseException) -> str:
-    root = _chain(error)[-1]
-    text = " ".join(str(root).split())
-    return f"{type(root).__name__}: {text[:300]}" + ("..." if len(text) > 300 else "")
+def _agreed(function: Callable[[], _Value]) -> _Value:
+    """What a function of all processes returns; CheckpointError or _DamagedError in all where one raises it."""
+    failure = damage = None
+    try:
+        value = function()
+    except CheckpointError as error:
+        failure = error
+    except _DamagedError as error:
+        damage = error
+    told = shared_message(str(failure) if failure else None)
+    if told is not None:
+        raise failure or CheckpointError(told)
+    told = shared_message(str(damage) if damage else None)
+    if told is not None:
+        raise _DamagedError(told) from damage
+    return value
 
 
 def _raise_unless_damage(error: Exception, path: Path) -> None:
     """What the machine did wrong says nothing about the checkpoint, which must then stay where it is."""
-    for link in _chain(error):
-        named = any(word in str(link) for word in _NOT_DAMAGE)
-        if named or isinstance(link, (MemoryError, PermissionError)):
-            raise CheckpointError(f"checkpoint {path} could not be read: {_reason(link)}") from error
+    passing = passing_failure(error)
+    if passing is not None:
+        raise CheckpointError(f"checkpoint {path} could not be read: {reason(passing)}") from error
 
 
 def _some(names: list[str]) -> str:

@@ -236,7 +236,7 @@ def remember_settings(settings: Mapping[str, object], path: Path, refusal: str, 
             raise ConfigError(f"{refusal}:\n  " + "\n  ".join(refused))
         if not lines:
             return
-    write_json(path, settings, sort_keys=True)
+    write_json(path, settings, sort_keys=True, durable=True)
 
 
 def _covered(field: str, names: tuple[str, ...]) -> bool:

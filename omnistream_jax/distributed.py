@@ -126,7 +126,7 @@ def start(launch: Launch, *, start_seconds: int = 300, heartbeat_seconds: int = 
 @contextlib.contextmanager
 def _ended_after(seconds: float, message: str) -> Iterator[None]:
     def end() -> None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        _tell(f"error: {message}")
         _exit(EXIT_ERROR)
 
     timer = threading.Timer(seconds, end)
@@ -260,7 +260,7 @@ def ending_all_on_failure() -> Iterator[None]:
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else EXIT_ERROR if error.code else 0
         elif not isinstance(error, KeyboardInterrupt):
-            traceback.print_exc()
+            _tell(traceback.format_exc().rstrip())
         _exit(_tell_others(status))
 
 
@@ -286,14 +286,20 @@ def _failed_elsewhere() -> int | None:
     if failed["process"] == global_state.process_id:
         return None
     who = f"process {failed['process']} on host {failed['host']}"
-    print(f"error: {who} ended with status {failed['status']}; so does this one", file=sys.stderr, flush=True)
+    _tell(f"error: {who} ended with status {failed['status']}; so does this one")
     return failed["status"]
+
+
+def _tell(text: str) -> None:
+    """On stderr; one that is closed, or a file on a full disk, must not keep the processes from their end."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _exit(status: int) -> None:
     """Without the interpreter's end, where JAX would wait for the others."""
-    for child in multiprocessing.active_children():  # data workers
-        child.terminate()
+    for child in multiprocessing.active_children():  # data workers, which do not heed SIGTERM
+        child.kill()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

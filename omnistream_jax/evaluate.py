@@ -1,4 +1,4 @@
-"""Evaluators on a checkpoint: so far streaming geometry, by the protocols in evals/video_depth.py and camera_pose.py.
+"""A checkpoint's streaming geometry, by the protocols in evals/video_depth.py and camera_pose.py.
 
 A sequence that is finished has its file of numbers, written aside and renamed, so a killed run costs one sequence.
 """

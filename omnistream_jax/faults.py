@@ -15,6 +15,7 @@ import jax
 from absl import logging
 
 from omnistream_jax.checkpoint import CheckpointError, Checkpoints, SaveFailedError
+from omnistream_jax.utils.agreement import warn
 from omnistream_jax.utils.files import write_json
 
 _FAILED_SAVES = 3  # in a row; one more checkpoint interval would be lost with each
@@ -95,7 +96,7 @@ class FiniteGuard:
         in_a_row = self._counters.skipped_in_a_row
         counts = f"{in_a_row} in a row, {self._counters.skipped_steps} in all"
         if in_a_row <= self._allowed:
-            logging.warning("step %d: %s is not finite; the update was not made (%s)", step, what, counts)
+            warn("step %d: %s is not finite; the update was not made (%s)", step, what, counts)
             return
         lines = [f"  {name}: {', '.join(made_of[name]['files'])}" for name in wrong or made_of]
         told = f"step {step}: {what} is not finite; the update was not made ({counts}). The batch came from\n"
@@ -155,7 +156,7 @@ class Saver:
         last = f"step {self._last_saved} is the last one saved" if self._last_saved else "none has been saved yet"
         if self._in_a_row >= _FAILED_SAVES:
             raise CheckpointError(f"{error}. {self._in_a_row} saves in a row have failed; {last}") from error
-        logging.warning("%s. The run goes on; %s", error, last)
+        warn("%s. The run goes on; %s", error, last)
 
 
 @contextlib.contextmanager

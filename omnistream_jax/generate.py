@@ -138,8 +138,9 @@ def generate(
             softmax(logits / temperature).
         top_p: they are drawn from the nucleus alone, see ops/sampling.py; it always holds the likeliest token.
         seed: of the draws: equal arguments give equal tokens.
-        cache: what stands before the prompts, of `prefill` or of the decoder itself, for B rows. It is copied, and
-            stays good for further questions.
+        cache: what stands before the prompts, of `prefill` or of the decoder itself, for B rows; its tokens have
+            segment 1, or 0 where they are padding: others would not be seen. It is copied, and stays good for further
+            questions.
         max_length: of a row: the cache, the longest prompt and the answer.
 
     Returns:

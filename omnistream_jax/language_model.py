@@ -17,20 +17,19 @@ import numpy as np
 from omnistream_jax import model as model_lib
 from omnistream_jax.convert.files import WeightsError, check_shapes, find_directory, read_json, read_tensor_file
 from omnistream_jax.convert.qwen3 import load_decoder, save_decoder
-from omnistream_jax.data.boxes import move_boxes, restore_boxes
+from omnistream_jax.data.boxes import malformed_boxes, move_boxes, restore_boxes
 from omnistream_jax.data.captions import letterbox
 from omnistream_jax.data.chat import Chat, load_chat
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.generate import MAX_LENGTH, embed_prompts, generate
 from omnistream_jax.model import Model
-from omnistream_jax.models.projector import Projector
+from omnistream_jax.models.projector import DECODER, PROJECTOR, Projector, project
 from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, decoding_params
 from omnistream_jax.utils.files import write_json, written_aside
 from omnistream_jax.utils.tensor_file import write_tensors
 from omnistream_jax.utils.trees import named_leaves, nest
 
 CONFIG_NAME, PROJECTOR_NAME, DECODER_FOLDER = "language.json", "projector.safetensors", "decoder"
-PROJECTOR, DECODER = "projector", "decoder"  # in the parameters, as in tasks/caption.py
 
 Pictures = np.ndarray | Sequence[np.ndarray]
 
@@ -109,7 +108,7 @@ class LanguageModel:
             )
         decoder, params = self._decoding
         text, lengths = embed_prompts(decoder, params, prompts)
-        visual_tokens = _project(self.projector, self.params[PROJECTOR], patches)
+        visual_tokens = project(self.projector, self.params[PROJECTOR], patches)
         return jnp.concatenate([visual_tokens, text], axis=1), visual + lengths
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -149,10 +148,12 @@ class LanguageModel:
         return letterbox(frame, self.size)
 
     def _checked(self, instructions: Sequence[str], images: np.ndarray | jax.Array) -> list[str]:
-        """The instructions, if they are one text for each image."""
+        """The instructions, if they are one text for each image, with boxes that are written as such."""
         texts = [instructions] if isinstance(instructions, str) else list(instructions)
         if isinstance(instructions, str) or len(texts) != len(images) or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"instructions: expected a list of {len(images)} texts, one for each image, got {texts!r}")
+        if wrong := next((text for text in texts if malformed_boxes(text)), None):
+            raise ValueError(f"instructions: {wrong!r} holds a box that is not written as one (data/boxes.py)")
         return texts
 
 
@@ -213,9 +214,3 @@ def _projector_shapes(projector: Projector, width: int) -> dict[str, tuple[int, 
     token = jax.ShapeDtypeStruct((1, width), jnp.float32)
     params = jax.eval_shape(projector.init, jax.random.key(0), token)["params"]
     return {name: leaf.shape for name, leaf in named_leaves(params).items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _project(projector: Projector, params: Mapping[str, Any], patches: jax.Array) -> jax.Array:
-    """Patches [B, T, h, w, d] as visual tokens [B, T h w, D]."""
-    return projector.apply({"params": params}, patches.reshape(len(patches), -1, patches.shape[-1]))

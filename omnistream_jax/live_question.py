@@ -7,10 +7,9 @@ The decoder is shown the newest frame and, before it, some of the past, evenly s
 """
 
 import dataclasses
-import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -25,10 +24,10 @@ from omnistream_jax.data.boxes import malformed_boxes
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.generate import MAX_LENGTH, bucket_capacity, bucket_length, embed_prompts, generate, prefill
 from omnistream_jax.geometry_model import GeometryModel
-from omnistream_jax.language_model import DECODER, PROJECTOR, LanguageModel, load_language
+from omnistream_jax.language_model import LanguageModel, load_language
 from omnistream_jax.live_result import Answer, LiveError, Result
 from omnistream_jax.model import Model
-from omnistream_jax.models.projector import Projector
+from omnistream_jax.models.projector import DECODER, PROJECTOR, project
 from omnistream_jax.models.qwen3 import DecoderCache, decoding_params, empty_cache
 
 ANSWERS = "answers.jsonl"
@@ -117,7 +116,7 @@ class Question:
 
     def _visual_tokens(self, patches: np.ndarray) -> jax.Array:
         """[1, P, D]."""
-        return _project(*self._projector, patches)
+        return project(*self._projector, patches[None, None])
 
 
 def _prompt(language: LanguageModel, text: str) -> tuple[int, ...]:
@@ -128,12 +127,6 @@ def _prompt(language: LanguageModel, text: str) -> tuple[int, ...]:
         return language.chat.prompt(text)
     except DataError as error:
         raise ConfigError(f"question: {str(error).removeprefix('instruction: ')}") from error
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _project(projector: Projector, params: Mapping[str, Any], patches: jax.Array) -> jax.Array:
-    """Patches [h, w, d] as visual tokens [1, P, D]."""
-    return projector.apply({"params": params}, patches.reshape(1, -1, patches.shape[-1]))
 
 
 class KeptFrame(NamedTuple):

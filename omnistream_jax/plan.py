@@ -160,6 +160,7 @@ def batch_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
             **{name: shape(row, jnp.int32) for name in ("tokens", "segment", "position")},
             "target_mask": shape(row, jnp.bool_),
             "cut": shape((rows, data.captions_per_row), jnp.bool_),
+            "texts": shape((rows, data.captions_per_row), jnp.int32),
         }
     raise TypeError(f"task {task.name}: the batches of a {type(task).__name__} are not known")
 

@@ -13,6 +13,10 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from omnistream_jax.utils.agreement import any_process
+
+# JAX's service looks once a second whether the signal has come, and tells the others at once.
+_HEARD_WITHIN = 2.0
 # Schedulers signal the processes of a job one after another: within so many seconds it is the same notice.
 _SAME_NOTICE = 10.0
 _NOTHING_TO_SAVE = "SIGTERM: the run ends here, with nothing left to save"
@@ -40,6 +44,7 @@ class Preemption:
         self._status = status
         self._deferred, self._asked = False, False
         self._reached_at = 0.0
+        self._calls = 0  # JAX's service counts from 0 on, wherever a run goes on
         self._previous: object = None
         self._shared = jax.distributed.is_initialized()
 
@@ -53,33 +58,52 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
 
-    def reached(self, step: int) -> bool:
-        """Whether to save now and `leave`. Every process calls it after every step, from the same step on."""
+    def reached(self) -> bool:
+        """Whether to save now and `leave`. Every process calls it after every step."""
         self._deferred = True
         if not self._shared:
             return self._asked
-        reached = multihost_utils.reached_preemption_sync_point(step)
+        self._calls += 1
+        reached = multihost_utils.reached_preemption_sync_point(self._calls)
         if reached:
+            self._reached_at = time.monotonic()
             self._take_over()
         return reached
 
     def leave(self, message: str) -> NoReturn:
-        """Says so on standard error, and raises PreemptedError."""
-        _tell(message)
+        """Says so on standard error, in process 0, and raises PreemptedError. For all processes together."""
+        if jax.process_index() == 0:
+            _tell(message)
         raise PreemptedError(self._status)
 
     def nothing_to_save(self) -> None:
-        """From now on SIGTERM raises PreemptedError at once again, with `jax.distributed` too."""
+        """From now on SIGTERM raises PreemptedError at once again, in the process that gets it, without the others.
+
+        All processes call it together. With `jax.distributed` it takes 2 seconds, for a notice may be on its way.
+        """
+        if self._shared and self._heard_late():
+            self._reached_at = time.monotonic()
+            self.leave(_NOTHING_TO_SAVE)
         self._deferred = False
         if self._asked:
-            self.leave(_NOTHING_TO_SAVE)
-        if self._shared:
-            self._take_over()
+            self._leave_alone()
+
+    def _heard_late(self) -> bool:
+        """Whether a notice has come since the last call of `reached`: JAX's service has named the step after it."""
+        self._deferred = True
+        self._take_over()
+        time.sleep(_HEARD_WITHIN)
+        multihost_utils.sync_global_devices("notices of preemption have been heard")
+        heard = multihost_utils.reached_preemption_sync_point(self._calls + 1)
+        return any_process(heard or self._asked)
+
+    def _leave_alone(self) -> NoReturn:
+        _tell(_NOTHING_TO_SAVE)
+        raise PreemptedError(self._status)
 
     def _take_over(self) -> None:
         """Takes SIGTERM from JAX's service, once that has done its work."""
         if threading.current_thread() is threading.main_thread():
-            self._reached_at = time.monotonic()
             previous = signal.signal(signal.SIGTERM, self._handle)
             self._previous = previous if self._previous is None else self._previous
 
@@ -92,7 +116,7 @@ class Preemption:
             _die()
         self._asked = True
         if not self._deferred:
-            self.leave(_NOTHING_TO_SAVE)
+            self._leave_alone()
         _tell("SIGTERM: the run ends after this step; a second one kills it")
 
 

@@ -96,40 +96,43 @@ def probe(config: ConfigDict) -> int:
         config_lib.remember_settings(job.settings, job.output / SETTINGS, refusal)
         report = _train(job)
         heads, best = job.probe.heads, report.best
+        data = {"train": job.probe.train_settings(), "validation": job.probe.validation().settings()}
+        complete = all(settings["complete"] for settings in data.values())
         content = {
             "config": config_lib.to_plain(job.config),
             "settings": job.settings,
             "versions": versions(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "data": {"train": job.probe.train_settings(), "validation": job.probe.validation().settings()},
+            "data": data,
             "score": job.probe.score,
             **report.content(heads),
-            "published": _published(job),
+            "published": _published(job.config.benchmark, complete),
         }
         write_json(job.output / SUMMARY, content)
         if job.config.plots:
             plot = plots_folder(job) / "learning_rates.png"
             plot_sweep(heads, report.scores, job.probe.score, best, plot)
-        print(sweep_table(heads, report, job.probe.score), *_beside(job, report), sep="\n", flush=True)
+        print(sweep_table(heads, report, job.probe.score), *_beside(job, report, complete), sep="\n", flush=True)
         print(job.output / SUMMARY, flush=True)
     return 0
 
 
-def _beside(job: Job, report: Report) -> list[str]:
-    """The paper's figures under ours, where it has any of this benchmark."""
-    if not job.config.benchmark:
+def _beside(job: Job, report: Report, complete: bool) -> list[str]:
+    """The paper's figures under ours, where it has any of this benchmark and the data are complete."""
+    benchmark, best = job.config.benchmark, report.scores[report.best]
+    if not benchmark:
         return []
-    best = report.scores[report.best]
+    if not complete:
+        return [f"{benchmark}: incomplete, not to be compared with published numbers"]
     ours = {name: factor * best[name] for name, factor in _PAPER_UNITS.items() if name in best}
-    told = [paper_tables.compare(job.config.benchmark, ours)]
-    return told + (["ours is not of the whole data set"] if job.config.allow_incomplete else [])
+    return [paper_tables.compare(benchmark, ours)]
 
 
-def _published(job: Job) -> list[dict[str, Any]]:
-    """The paper's figures of this benchmark."""
-    if not job.config.benchmark:
-        return []
-    rows = paper_tables.published(job.config.benchmark)
+def _published(benchmark: str, complete: bool) -> list[dict[str, Any]] | None:
+    """The paper's figures of a benchmark; None where there is none, or the numbers may not be compared."""
+    if not benchmark or not complete:
+        return None
+    rows = paper_tables.published(benchmark)
     return [dataclasses.asdict(figure) for figures in rows.values() for figure in figures.values()]
 
 
@@ -152,6 +155,8 @@ def build(config: ConfigDict) -> Job:
         protocol = BUILDERS[config.probe](config, model.config)
         if config.benchmark:
             paper_tables.published(config.benchmark)
+            if config.data == EMBEDDED:
+                raise ConfigError(f"benchmark: expected '', for nobody published the world's, got {config.benchmark!r}")
     except DataError as error:
         if config.data == EMBEDDED:  # nothing but fields can be wrong
             raise ConfigError(str(error)) from error
@@ -162,7 +167,8 @@ def build(config: ConfigDict) -> Job:
         raise ConfigError(str(error)) from error
     if not config.augment and protocol.train_samples() is None:
         raise ConfigError(f"augment: {config.probe} trains on random views alone; expected True, got False")
-    encode = make_encode(model, mesh, time_unit=config.time_unit or None, clips=config.encode_batch)
+    options = {"clips": config.encode_batch, "frames_alone": protocol.frames_alone}
+    encode = make_encode(model, mesh, time_unit=config.time_unit or None, **options)
     plain = config_lib.to_plain(config)
     settings = {name: value for name, value in plain.items() if name not in (*_MAY_CHANGE, "presets", "job")}
     settings |= {

@@ -20,6 +20,7 @@ class Profiler:
 
     Args:
         directory: gets plugins/profile/TIME/HOST.xplane.pb and HOST.trace.json.gz, and is made with the first profile.
+            Of several processes each has a folder process_N there, for those of one host would write the same files.
         start, steps: record so many steps from this one on; 0 steps: only on the signal.
         say: prints a line.
 
@@ -31,6 +32,7 @@ class Profiler:
             if value < least:
                 raise ValueError(f"profile.{name}: expected {least} or more, got {value}")
         self._directory, self._say = directory, say
+        self._own = directory / f"process_{jax.process_index()}" if jax.process_count() > 1 else directory
         self._start, self._steps = start, steps
         self._wanted = threading.Event()
         self._recorded = range(0)  # the steps of the profile that is running
@@ -63,7 +65,7 @@ class Profiler:
     def _begin(self, steps: int) -> None:
         self._wanted.clear()
         try:
-            jax.profiler.start_trace(str(self._directory))
+            jax.profiler.start_trace(str(self._own))
         except (RuntimeError, OSError) as error:  # as when another profile is running: the training goes on
             self._say(f"no profile: {error}")
             return

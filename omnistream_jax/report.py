@@ -25,7 +25,8 @@ from omnistream_jax.language_model import LanguageModel, build_language_model
 from omnistream_jax.model import Model, build_model
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.geometry import GeometryHeads
-from omnistream_jax.tasks.caption import DECODER, PROJECTOR, CaptionTask
+from omnistream_jax.models.projector import DECODER, PROJECTOR
+from omnistream_jax.tasks.caption import CaptionTask
 from omnistream_jax.tasks.geometry import HEADS, GeometryTask
 from omnistream_jax.tasks.task import Params, Task
 from omnistream_jax.utils.files import written_aside
@@ -106,7 +107,7 @@ def report(config: ConfigDict, trained: Trained, workdir: Path, metrics: Metrics
     if language is not None:
         answer, captions = _caption_answers(language, fields.caption_records)
         scores |= world_captions(answer, captions, batch=_ANSWER_BATCH)
-    metrics.write(config.steps, scores)
+    metrics.write_again(config.steps, scores)
     drawn = pictures(config, trained)
     for name, picture in drawn.items():
         metrics.write_image(config.steps, name, picture)

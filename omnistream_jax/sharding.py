@@ -82,7 +82,7 @@ _COMPILED = tuple((re.compile(rf"(?:.*/)?(?:{pattern})"), spec) for pattern, spe
 
 
 def mesh_sizes(data: int = -1, fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
-    """The sizes of the axes of `make_mesh`, -1 filled in. Raises ValueError as that does."""
+    """The sizes of the axes of `make_mesh`, -1 filled in. Raises ValueError as that does, but for `lay_out`'s."""
     sizes, devices = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
     for axis, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
@@ -96,21 +96,23 @@ def mesh_sizes(data: int = -1, fsdp: int = 1, tensor: int = 1) -> dict[str, int]
         if devices % known:
             raise ValueError(f"mesh.{open_axes[0]}: {asked} does not divide the {devices} devices")
         sizes[open_axes[0]] = devices // known
-    elif known != devices:
+    elif known > devices or (known < devices and jax.process_count() > 1):
         raise ValueError(f"mesh.data: {asked} makes {known} devices, there are {devices} (-1: what is left over)")
     return sizes
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices of all processes along the axes ("data", "fsdp", "tensor").
+    """The devices of all processes along the axes ("data", "fsdp", "tensor").
 
     Args:
-        data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes what the others leave over.
+        data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes what the others leave over. Without
+            one, a single process may leave devices out: the first are taken.
 
     Raises:
         ValueError: sizes whose product is not the number of devices, or as `lay_out`; the message names the field.
     """
-    return lay_out(mesh_sizes(data, fsdp, tensor), jax.devices())
+    sizes = mesh_sizes(data, fsdp, tensor)
+    return lay_out(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 def lay_out(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
@@ -124,9 +126,15 @@ def lay_out(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
         raise ValueError(f"mesh.tensor: expected a divisor of the {here} devices of a process, got {sizes['tensor']}")
     axis_types = (AxisType.Auto,) * len(AXES)
     try:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
+        mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
     except NotImplementedError as error:
         raise ValueError(f"mesh: {str(error).partition('. If you want')[0]}") from error
+    for group in mesh.devices.reshape(-1, sizes["tensor"]):  # on a TPU, neighbours are those of the torus
+        hosts = {device.process_index for device in group}
+        if len(hosts) > 1:
+            found = f"{sizes['tensor']} that are side by side here belong to processes {sorted(hosts)}"
+            raise ValueError(f"mesh.tensor: expected devices of one process, but {found}")
+    return mesh
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:
@@ -149,9 +157,17 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch, as arrays over the whole mesh: the rows of process 0 first."""
-    sharding = split_batch(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    """This process's rows of a batch, as arrays over the whole mesh: the rows of process 0 first.
+
+    Raises:
+        ValueError: a process's devices do not hold so many rows; the message names both shapes.
+    """
+    sharding, count = split_batch(mesh), jax.process_count()
+
+    def place(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, rows, (count * rows.shape[0], *rows.shape[1:]))
+
+    return {name: place(rows) for name, rows in batch.items()}
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:

@@ -88,8 +88,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 raise TrainingError("stopped; the same command goes on from the last checkpoint") from None
             except NonFiniteError as error:
                 raise TrainingError(str(error)) from error
+            trained = _trained(run, state)  # every process gives its part; from then on each ends for itself
             preemption.nothing_to_save()
-            report(config, _trained(run, state), workdir, metrics, _say)
+            report(config, trained, workdir, metrics, _say)
 
 
 @contextlib.contextmanager
@@ -114,7 +115,7 @@ def _open_metrics(
 
 
 def _remember(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> None:
-    if not checkpoints.steps():  # a run that saved nothing binds nobody
+    if not (checkpoints.steps() or checkpoints.damaged()):  # a run that saved nothing binds nobody
         (workdir / "config.json").unlink(missing_ok=True)
     config_lib.remember(config, workdir, may_change=_MAY_CHANGE)
 
@@ -148,7 +149,7 @@ def _run_steps(
     accumulate = {task.name: make_accumulate(task, config.seed, shardings) for task in run.tasks}
     update = make_update(run.optimizer, teacher_schedule(config), shardings)
     gradients = zero_gradients(state)
-    watch = Watch(run.tasks, run.backbone.dtype)
+    watch = Watch(run.tasks, run.backbone.dtype, run.mesh.size)
     evaluate = functools.partial(_evaluate, evaluators, run, metrics)
     if config.evaluators.every and start == 0:
         evaluate(state, start)
@@ -202,7 +203,7 @@ def _run_steps(
             if config.evaluators.every and (step % config.evaluators.every == 0 or step == config.steps):
                 evaluate(state, step)
             watch.charge("other")
-            leaving = preemption.reached(step)
+            leaving = preemption.reached()
             if leaving or step % config.checkpoint.every == 0 or step == config.steps:
                 saver.save(step, state, origin)
             if leaving:
@@ -263,7 +264,8 @@ def _tell_programs(run: Run, workdir: Path, programs: Sequence[Program]) -> None
     flops = {task.name: task_flops(task).total for task in run.tasks}
     _say(table(programs, flops))
     if jax.process_index() == 0:
-        write_programs(workdir / "programs.json", programs, flops)
+        with unless_disk_full("the memory of the programs could not be written"):
+            write_programs(workdir / "programs.json", programs, flops)
 
 
 def _made_of(pipeline: Pipeline, batches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -289,7 +291,9 @@ def _print_counts(run: Run) -> None:
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in run.state.params.items()}
     for name, count in counts.items():
         _say(f"{name:12} {count:13,} parameters")
-    devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    unused = jax.device_count() - run.mesh.size
+    devices = f"{run.mesh.size} {jax.default_backend()} device(s)"
+    devices += f"; {unused} more are not used (config.mesh)" if unused else ""
     _say(f"{'together':12} {sum(counts.values()):13,} parameters, on {devices}")
 
 

@@ -1,4 +1,4 @@
-"""Small data sets in the published layouts of NYU Depth v2 and ADE20K, and an encoder that sees every pixel."""
+"""Small data sets in the layouts of NYU Depth v2 and ADE20K, an encoder that sees every pixel, augmentations."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from omnistream_jax.config import load
+from omnistream_jax.data.probes.ade20k import AdeAugmentation
+from omnistream_jax.data.probes.depth import DepthAugmentation
 from omnistream_jax.ops.images import IMAGENET_MEAN, IMAGENET_STD
 from omnistream_jax.probe import with_preset
 
@@ -102,6 +104,19 @@ def stacked(params: dict, width: int) -> dict:
     statistics = {"mean": jnp.zeros(width), "variance": jnp.ones(width)}
     one = {"params": {**params, "norm": norm}, "batch_stats": {"norm": statistics}}
     return jax.tree.map(lambda leaf: leaf[None], one)
+
+
+def depth_augmentation(**changes) -> DepthAugmentation:
+    """The one that changes nothing, but for these fields."""
+    nothing = dict.fromkeys(("rotation_probability", "flip_probability", "colour_probability"), 0.0)
+    ranges = {"rotation": 2.5, "gamma": (0.9, 1.1), "brightness": (0.75, 1.25), "colour": (0.9, 1.1)}
+    return DepthAugmentation(**{"fixed_crop": (), "crop": (), "gamma_scale": 255.0, **nothing, **ranges, **changes})
+
+
+def ade_augmentation(**changes) -> AdeAugmentation:
+    """The one that changes nothing of a picture of 32 x 32 pixels, but for these fields."""
+    nothing = {"scale": (1.0, 1.0), "category_ratio": 1.0, "flip_probability": 0.0, "distortion": False}
+    return AdeAugmentation(**{"short_side": 32, "crop": 32, **nothing, **changes})
 
 
 def recipe(name: str, **fields) -> ConfigDict:

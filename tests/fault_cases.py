@@ -6,6 +6,7 @@ As a program, `python tests/fault_victim.py WORKDIR JSON` runs one; see there.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from training_cases import REPOSITORY, small_config
 from omnistream_jax import train as train_lib
 from omnistream_jax.build import Run
 from omnistream_jax.checkpoint import Checkpoints
+from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.sources import embedded_source
 from omnistream_jax.data.ssl import SelfSupervisedData
 from omnistream_jax.flops import Flops
@@ -39,15 +41,22 @@ TASKS = ("first", "second", "third")
 
 @dataclasses.dataclass(frozen=True)
 class PoisonedData(SelfSupervisedData):
-    """Crops of photographs, and of each step (counted from 1) factors that make its loss or its gradient NaN."""
+    """Crops of photographs, and of each step (counted from 1) factors that make its loss or its gradient NaN.
+
+    `missing`: (process, step) that cannot be read.
+    """
 
     bad_losses: tuple[int, ...] = ()
     bad_gradients: tuple[int, ...] = ()
+    missing: tuple[tuple[int, int], ...] = ()
 
     def dataset(self, seed, process_index, process_count):
-        return super().dataset(seed, process_index, process_count).map_with_index(self._poison)
+        poison = functools.partial(self._poison, process_index)
+        return super().dataset(seed, process_index, process_count).map_with_index(poison)
 
-    def _poison(self, index, batch):
+    def _poison(self, process, index, batch):
+        if [process, index + 1] in [list(place) for place in self.missing]:
+            raise DataError(f"step {index + 1} is missing in process {process}")
         rows = len(batch["record"])
         loss = np.full(rows, np.nan if index + 1 in self.bad_losses else 1, np.float32)
         gradient = np.full(rows, 0 if index + 1 in self.bad_gradients else 1, np.float32)
@@ -75,7 +84,7 @@ class ToyTask:
         return jnp.mean((student - teacher + 1.0) ** 2) * batch["loss_factor"].mean() + 1e-3 * root, {}
 
 
-def toy_build(config: ConfigDict, poison: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None) -> Run:
+def toy_build(config: ConfigDict, poison: Mapping[str, Mapping[str, tuple]] | None = None) -> Run:
     """What `build` returns, of toy tasks beside a backbone that none uses; `poison`: {task: {"bad_losses": steps}}."""
     sources = (embedded_source("images", "train"),)
     options = {"global_batch_size": 8, "global_size": _SIDE, "local_size": 16, "local_crops": 1}

@@ -1,4 +1,4 @@
-"""Small data sets in the published layouts, tiny backbones and configurations for the tests of probes."""
+"""Small data sets in the published layouts, tiny backbones, configurations and views for the tests of probes."""
 
 from pathlib import Path
 
@@ -7,9 +7,23 @@ from backbone_cases import random_model
 from PIL import Image
 
 from omnistream_jax import config as config_lib
+from omnistream_jax.data.probes.clip_views import Sampling, TrainingView
+from omnistream_jax.data.probes.rand_augment import RandAugment
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "evaluate_probes.py")
 CLASSES = ("n01440764", "n01443537", "n01484850")
+RAND_AUGMENT = RandAugment(magnitude=7.0, operations=4, deviation=0.5)
+
+
+def sampling_of(segments: int = 2, frames: int = 16, stride: int = 4, window: str = "random") -> Sampling:
+    """Which frames of a video are taken."""
+    return Sampling(segments, frames, stride, window)
+
+
+def view_of(size: int, **changes) -> TrainingView:
+    """The training view that is the whole frame as it is, but for these fields."""
+    nothing = {"rand_augment": None, "scale": (1.0, 1.0), "flip_probability": 0.0, "erase_probability": 0.0}
+    return TrainingView(size, **{**nothing, **changes})
 
 
 def write_images(root: Path, train: int = 8, val: int = 4, seed: int = 0) -> Path:

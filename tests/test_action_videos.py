@@ -5,6 +5,7 @@ tests/data/rand_augment_timm.safetensors: "image" uint8 [20, 26, 3] and "OPERATI
 sign forced through `random.random`) makes of it with Pillow 13, for each of its `_RAND_INCREASING_TRANSFORMS`.
 """
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -12,16 +13,16 @@ import numpy as np
 import pytest
 from clip_cases import write_clip
 from goldens import REPOSITORY
+from probe_cases import RAND_AUGMENT, sampling_of, view_of
 from safetensors.numpy import load_file
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.pipeline import build_pipeline
+from omnistream_jax.data.probes import action as videos
 from omnistream_jax.data.probes import rand_augment
 from omnistream_jax.data.probes.action import ActionData, ActionViews, check_same_names, open_action_videos
 from omnistream_jax.data.probes.clip_views import (
-    Sampling,
     SpatialViews,
-    TrainingView,
     resize_short_side,
     segment_indices,
 )
@@ -65,7 +66,7 @@ def _expected(frame_count, segments, starts):
 def test_frames_are_those_of_the_protocol(frame_count, segments):
     part = frame_count // segments
     for window in ("random", "middle"):
-        indices = segment_indices(frame_count, Sampling(segments=segments, window=window), _rng(frame_count))
+        indices = segment_indices(frame_count, sampling_of(segments, window=window), _rng(frame_count))
         assert indices.shape == (segments, 16)
         starts = indices[:, 0] - part * np.arange(segments)
         if part > 64:
@@ -78,7 +79,7 @@ def test_frames_are_those_of_the_protocol(frame_count, segments):
 
 
 def test_random_windows_reach_every_place_but_the_last():
-    rng, sampling = _rng(), Sampling(segments=1)
+    rng, sampling = _rng(), sampling_of(1)
     starts = {int(segment_indices(70, sampling, rng)[0, 0]) for _ in range(300)}
     assert starts == set(range(6))  # 70 - 64 = 6 is never drawn, as in the original
 
@@ -93,7 +94,7 @@ def test_random_windows_reach_every_place_but_the_last():
 )
 def test_samplings_that_cannot_be_are_refused(fields, message):
     with pytest.raises(DataError, match=message):
-        Sampling(**fields)
+        sampling_of(**fields)
 
 
 # How held-out frames are cut
@@ -148,7 +149,7 @@ def test_each_operation_agrees_with_timm(operation):
 
 
 def test_magnitudes_and_operations_are_drawn_as_the_name_says():
-    rng, drawn = _rng(), [RandAugment(7.0, 4, 0.5).draw(_rng(seed)) for seed in range(2000)]
+    rng, drawn = _rng(), [RAND_AUGMENT.draw(_rng(seed)) for seed in range(2000)]
     counts = np.array([len(changes) for changes in drawn])
     assert counts.max() == 4
     assert counts.mean() == pytest.approx(2.0, abs=0.1)  # each is left out half of the time
@@ -159,13 +160,13 @@ def test_magnitudes_and_operations_are_drawn_as_the_name_says():
     assert np.abs(turns).std() == pytest.approx(1.5, abs=0.3)
     assert (turns > 0).mean() == pytest.approx(0.5, abs=0.1)
     assert any(len({name for name, _ in changes}) < len(changes) for changes in drawn)  # with replacement
-    assert RandAugment(7.0, 0).draw(rng) == ()
+    assert RandAugment(7.0, 0, 0.5).draw(rng) == ()
 
 
 def test_all_frames_of_a_clip_change_alike():
     frames = np.repeat(_frames(1), 3, axis=0)
     for seed in range(20):
-        changed = apply_changes(frames, RandAugment().draw(_rng(seed)))
+        changed = apply_changes(frames, RAND_AUGMENT.draw(_rng(seed)))
         assert changed.shape == frames.shape
         assert (changed == changed[:1]).all()
 
@@ -200,24 +201,23 @@ def test_erasing_fills_one_box_of_all_frames_with_noise_of_their_own():
 
 def test_a_training_view_of_the_whole_frame_is_the_normalised_frame():
     frames = _frames(2, 20, 20)
-    plain = TrainingView(size=20, rand_augment=None, scale=(1.0, 1.0), erase_probability=0.0)
-    view = plain.draw(frames, _rng())  # a box of the whole area and another aspect does not fit
+    view = view_of(20).draw(frames, _rng())  # a box of the whole area and another aspect does not fit
     assert view.dtype == np.float16
     np.testing.assert_allclose(view, normalize_frames(frames), atol=2e-3)
-    mirrored = TrainingView(20, None, (1.0, 1.0), flip_probability=1.0, erase_probability=0.0).draw(frames, _rng())
+    mirrored = view_of(20, flip_probability=1.0).draw(frames, _rng())
     np.testing.assert_array_equal(mirrored, view[:, :, ::-1])
 
 
 def test_training_views_differ_by_the_draw_and_their_frames_are_cut_alike():
     frames = np.repeat(_frames(1, 40, 60), 4, axis=0)
-    view = TrainingView(size=16, erase_probability=0.0)
+    view = view_of(16, rand_augment=RAND_AUGMENT, scale=(0.08, 1.0))
     drawn = [view.draw(frames, _rng(seed)) for seed in (0, 1, 0)]
     assert drawn[0].shape == (4, 16, 16, 3)
     np.testing.assert_array_equal(drawn[0], drawn[2])
     assert np.any(drawn[0] != drawn[1])
     for one in drawn:
         assert (one == one[:1]).all()
-    erased = [TrainingView(size=16).draw(frames, _rng(seed)) for seed in range(200)]
+    erased = [dataclasses.replace(view, erase_probability=0.25).draw(frames, _rng(seed)) for seed in range(200)]
     share = np.mean([(one != one[:1]).any() for one in erased])  # the noise alone differs from frame to frame
     assert share == pytest.approx(0.25, abs=0.08)
 
@@ -247,7 +247,7 @@ def test_lists_name_videos_and_labels_and_clips_hold_the_frames_asked_for(tmp_pa
     assert [source.label(index) for index in range(len(source))] == [0, 1, 2, 0, 1, 2]
     assert source.classes == ("0", "1", "2")
     assert source.settings()["videos"] == 6
-    sampling = Sampling(segments=2, frames=4, stride=2)
+    sampling = sampling_of(2, 4, 2)
     clips = list(source.clips(1, sampling, _rng(3)))
     expected = segment_indices(24, sampling, _rng(3))
     assert [clip.shape for clip in clips] == [(4, 32, 48, 3)] * 2
@@ -257,7 +257,7 @@ def test_lists_name_videos_and_labels_and_clips_hold_the_frames_asked_for(tmp_pa
 
 def test_batches_are_of_normalised_clips_one_after_the_other(tmp_path):
     source = _open(_write_lists(tmp_path))
-    sampling, view = Sampling(segments=2, frames=4, stride=2), TrainingView(16, None, (1.0, 1.0), erase_probability=0.0)
+    sampling, view = sampling_of(2, 4, 2), view_of(16)
     data = ActionData((source,), 3, sampling=sampling, view=view)
     shuffling = ActionData((source,), 3, sampling=sampling, view=view, shuffle_frames=True)
     with build_pipeline({"probe": data}, seed=1) as pipeline, build_pipeline({"probe": shuffling}, seed=1) as other:
@@ -278,7 +278,7 @@ def test_batches_are_of_normalised_clips_one_after_the_other(tmp_path):
 
 def test_held_out_samples_never_change_and_shuffling_moves_frames_within_clips_alone(tmp_path):
     source = _open(_write_lists(tmp_path, frames=40), "val")
-    sampling, views = Sampling(segments=2, frames=4, stride=3), SpatialViews(size=32, views=3)
+    sampling, views = sampling_of(2, 4, 3), SpatialViews(size=32, views=3)
     data = ActionViews(source, sampling, views, seed=5)
     sample = data.sample(1)
     assert sample["frames"].shape == (3 * 2 * 4, 32, 32, 3)
@@ -313,7 +313,17 @@ def test_published_layouts_are_read_without_lists(tmp_path):
             write_clip(root / "20bn-something-something-v2" / f"{row['id']}.webm", clip, "libvpx-vp9", size=(48, 32))
     val = _open(root, "val", "ssv2", 2)
     assert (len(val), val.label(1), val.classes) == (2, 1, tuple(labels))
-    assert next(val.clips(0, Sampling(1, 2, 2), _rng())).shape == (2, 32, 48, 3)
+    assert next(val.clips(0, sampling_of(1, 2, 2), _rng())).shape == (2, 32, 48, 3)
+
+
+@pytest.mark.parametrize("allow_incomplete", [True, False])
+def test_as_many_videos_as_are_published_are_complete_whatever_is_allowed(tmp_path, monkeypatch, allow_incomplete):
+    _write_lists(tmp_path, 3, 3, frames=2)
+    assert not _open(tmp_path).settings()["complete"]
+    monkeypatch.setitem(videos.EXPECTED["ssv2"], "train", 3)
+    monkeypatch.setitem(videos.CLASSES, "ssv2", 3)
+    settings = _open(tmp_path, allow_incomplete=allow_incomplete).settings()
+    assert (settings["videos"], settings["expected_videos"], settings["complete"]) == (3, 3, True)
 
 
 def test_splits_that_number_their_classes_differently_are_refused(tmp_path):
@@ -332,14 +342,14 @@ def test_data_that_do_not_fit_are_refused_in_one_message(tmp_path):
         DataError, match=r"train\.csv: 3 videos of 3 classes, expected 168,913 videos of 174 classes; all"
     ):
         _open(folder, classes=174, allow_incomplete=False)
-    with pytest.raises(DataError, match=r"val\.csv: 2 videos of 2 classes, expected 3 classes; allow_incomplete"):
-        _open(folder, "val", allow_incomplete=False)
+    with pytest.raises(DataError, match=r"val\.csv: 2 videos of 2 classes, expected 24,777 videos of 174 classes; all"):
+        _open(folder, "val", allow_incomplete=False)  # fewer classes of ours leave what is published as it is
     with pytest.raises(DataError, match=r"train\.csv: 1 labels are not below 2; .*2\.mp4 has 2"):
         _open(folder, classes=2)
     with pytest.raises(DataError, match="dataset: 'ucf101', expected one of k400, ssv2"):
         _open(folder, dataset="ucf101")
     (folder / "val.csv").write_text("val/0.mp4 0\nval/gone.mp4 1\n")
-    broken = ActionViews(_open(folder, "val"), Sampling(1, 2, 1), SpatialViews(16, 1))
+    broken = ActionViews(_open(folder, "val"), sampling_of(1, 2, 1), SpatialViews(16, 1))
     with pytest.raises(DataError, match=r"gone\.mp4: there is no such video file"):
         broken.sample(1)
 
@@ -347,8 +357,8 @@ def test_data_that_do_not_fit_are_refused_in_one_message(tmp_path):
 def test_rendered_videos_show_the_whole_motion():
     source = open_world_motion("heldout", 22, frames=8, size=32, seed=0)
     assert sorted(source.label(index) for index in range(11)) == list(range(11))
-    sample = ActionViews(source, Sampling(1, 8, 1), SpatialViews(32, 1, 32)).sample(3)
+    sample = ActionViews(source, sampling_of(1, 8, 1), SpatialViews(32, 1, 32)).sample(3)
     np.testing.assert_array_equal(sample["frames"], source.videos.clip(3).images)
     assert sample["label"] == source.label(3)
     with pytest.raises(DataError, match="2 segments of 8 frames, expected 1 of 8"):
-        next(source.clips(0, Sampling(2, 8, 1), _rng()))
+        next(source.clips(0, sampling_of(2, 8, 1), _rng()))

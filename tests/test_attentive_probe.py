@@ -52,7 +52,7 @@ def _transformers_tensors(tensors):
 
 
 def test_probe_agrees_with_vjepa_2_in_values_and_gradients(golden):
-    probe = AttentiveProbe(classes=10)
+    probe = AttentiveProbe(classes=10, heads=16, depth=4)
     params = convert_attentive_probe(golden.weights, SIZES)
 
     def loss(params, tokens):
@@ -92,7 +92,7 @@ def test_long_videos_are_attended_in_chunks_to_the_same_numbers():
 
 def test_probe_starts_as_vjepa_2s():
     tokens = jnp.zeros((1, 2, 256))
-    params = jax.jit(AttentiveProbe(classes=300).init)(jax.random.key(1), tokens)["params"]
+    params = jax.jit(AttentiveProbe(classes=300, heads=16, depth=4).init)(jax.random.key(1), tokens)["params"]
     pooler = params["pooler"]
     expected = {
         ("block_0", "qkv"): 0.02,
@@ -181,4 +181,4 @@ def test_files_that_are_no_probe_are_refused(golden, tmp_path):
 
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads: expected a divisor of the tokens' width 60, got 16"):
-        AttentiveProbe(classes=2).init(jax.random.key(0), jnp.zeros((1, 2, 60)))
+        AttentiveProbe(classes=2, heads=16, depth=4).init(jax.random.key(0), jnp.zeros((1, 2, 60)))

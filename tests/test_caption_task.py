@@ -61,6 +61,7 @@ def batch():
             arrays["position"][row, start:stop] = np.arange(stop - start)
             arrays["target_mask"][row, start + len(prompt) : stop] = True
             start = stop
+    arrays["texts"] = np.array([[1, 1], [2, 1]], np.int32)
     assert arrays["segment"].min(1).tolist() == [0, 101], "one row ends with padding"
     return arrays
 
@@ -114,7 +115,8 @@ def test_texts_in_a_row_cost_what_each_costs_alone_with_its_image(task, params, 
     assert costs.std() > 0.1, "tokens must differ for a mistake to show"
     found, metrics = loss(params, batch)
     assert found == pytest.approx(costs.mean(), rel=1e-5)
-    assert metrics == {"caption": found, "token_accuracy": pytest.approx(hits.mean()), "answers_cut": 0.25}
+    told = {"caption": found, "token_accuracy": pytest.approx(hits.mean())}
+    assert metrics == {**told, "answers_cut": 0.25, "texts_per_image": 1.25}
 
 
 def test_what_stands_in_the_padding_has_no_influence(params, batch, loss):

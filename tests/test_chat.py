@@ -106,6 +106,39 @@ def test_a_prompt_is_what_qwens_template_writes_without_thinking(chat):
     assert chat._tokenizer.decode(list(chat.prompt("What {is} it?")), skip_special_tokens=False) == written
 
 
+def test_transformers_talks_with_what_is_saved(chat, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    chat.save(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')  # as beside the weights of a decoder
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == list(chat.stops)
+
+    def told(*talk, **options):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[turn % 2], "content": text} for turn, text in enumerate(talk)]
+        return theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+    ask, again = "Where is the red ball {really}?\n", "And <|object_ref_start|>the cube<|object_ref_end|>?"
+    turn = chat.turn(ask, "There.", "x")
+    line = list(_answer(chat, "\n"))
+    assert told(ask, add_generation_prompt=True) == list(chat.prompt(ask))
+    assert told(ask, "There.") == [*turn.prompt, *turn.answer, *turn.end, *line]
+    talk = theirs.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, *({"role": "user", "content": text} for text in (ask, again))],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    start, end = "<|im_start|>", "<|im_end|>"
+    assert talk == (
+        f"{start}system\nBe brief.{end}\n{start}user\n{ask}{end}\n"
+        f"{start}user\n{again}{end}\n{start}assistant\n<think>\n\n</think>\n\n"
+    )
+    # Of earlier answers Qwen3's template keeps no thought.
+    earlier = f"{start}user\n{ask}{end}\n{start}assistant\nThere.{end}\n"
+    whole = [*_answer(chat, earlier), *chat.prompt(again)]
+    assert told(ask, "There.", again, add_generation_prompt=True) == whole
+
+
 def test_a_prompt_that_is_none_or_fakes_a_turn_is_refused(chat):
     with pytest.raises(DataError, match=r"instruction: ' \\n', expected a text"):
         chat.prompt(" \n")

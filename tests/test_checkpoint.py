@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import gc
 import json
 import os
@@ -6,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import flax
@@ -15,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omnistream_jax import checkpoint as checkpoint_lib
 from omnistream_jax.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints
+from omnistream_jax.utils import agreement
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 from omnistream_jax.utils.trees import fingerprint, named_leaves
 
@@ -329,16 +335,53 @@ def test_if_no_checkpoint_is_whole_the_run_does_not_begin_anew(tmp_path):
             restore(tmp_path)
 
 
-def test_a_failing_machine_is_no_damage(tmp_path, monkeypatch):
-    save_all(tmp_path, [1])
+@pytest.mark.parametrize(
+    ("function", "error", "told"),
+    [
+        ("load", MemoryError("out of memory"), "MemoryError: out of memory"),
+        ("load", OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        ("metadata", OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        ("metadata", OSError(errno.EHOSTDOWN, "Host is down"), "Host is down"),
+        ("load", ValueError("UNKNOWN: Error reading: gone [os_error_code='116']"), "UNKNOWN: Error reading"),
+        ("load", ValueError("ABORTED: Error reading"), "ABORTED: Error reading"),
+        ("load", TimeoutError("no answer"), "TimeoutError: no answer"),
+    ],
+)
+def test_a_failing_machine_is_no_damage(tmp_path, monkeypatch, function, error, told):
+    save_all(tmp_path, [1, 2])
 
-    def load(*_, **__):
-        raise ValueError("wrapped") from MemoryError("out of memory")
+    def fail(*_, **__):
+        raise ValueError("wrapped") from error
 
-    monkeypatch.setattr("omnistream_jax.checkpoint.ocp.load", load)
-    with pytest.raises(CheckpointError, match="could not be read: MemoryError: out of memory"):
+    monkeypatch.setattr(f"omnistream_jax.checkpoint.ocp.{function}", fail)
+    with pytest.raises(CheckpointError, match=f"2 could not be read: .*{re.escape(told)}"):
         restore(tmp_path)
-    assert os.listdir(tmp_path) == ["1"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), ValueError("DATA_LOSS: bad [os_error_code='5']")]
+)
+def test_what_the_disk_cannot_read_is_damage(tmp_path, monkeypatch, error):
+    save_all(tmp_path, [1, 2])
+    load = checkpoint_lib.ocp.load
+
+    def load_but_the_last(path, *arguments, **options):
+        if path.name == "2":
+            raise error
+        return load(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint_lib.ocp, "load", load_but_the_last)
+    assert restore(tmp_path)[0] == 1
+    assert sorted(os.listdir(tmp_path)) == ["1", "2.bad"]
+
+
+def test_damage_is_told_by_the_first_process_alone(tmp_path, monkeypatch, caplog):
+    save_all(tmp_path, [1, 2])
+    truncate(tmp_path / "2")
+    monkeypatch.setattr(agreement, "jax", types.SimpleNamespace(process_index=lambda: 1, process_count=lambda: 1))
+    assert restore(tmp_path, read_only=True)[0] == 1
+    assert "damaged" not in caplog.text
 
 
 def check_flips(tmp_path, positions):
@@ -449,3 +492,17 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
             WorkdirLock(tmp_path)
         process.kill()
     WorkdirLock(tmp_path).release()
+
+
+def test_a_lock_that_cannot_be_taken_names_its_file_and_leaves_nothing_open(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    opened = []
+    monkeypatch.setattr(
+        Path, "open", lambda path, *mode, _open=Path.open: opened.append(_open(path, *mode)) or opened[0]
+    )
+    with pytest.raises(OSError, match=f"No locks available: '{tmp_path}/.lock'"):
+        WorkdirLock(tmp_path)
+    assert [file.closed for file in opened] == [True]

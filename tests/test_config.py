@@ -1,3 +1,5 @@
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +180,14 @@ def test_fields_that_may_change_are_remembered_anew(config_file, tmp_path):
     configs.remember(configs.load(str(config_file), {"optimizer.peak": 0.3}), tmp_path)
     with pytest.raises(configs.ConfigError, match=r"optimizer\.peak: 0\.3 -> 0\.1"):
         configs.remember(configs.load(str(config_file)), tmp_path)
+
+
+def test_a_stored_config_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(list(tmp_path.glob("config.json"))))
+    configs.remember_settings({"seed": 1}, tmp_path / "config.json", "refused")
+    assert synced == [[]]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
 
 
 def test_a_cut_stored_config_is_named(config_file, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.convert.qwen3 import load_decoder, save_decoder
+from omnistream_jax.generate import MAX_LENGTH
 from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, init_decoder
 from omnistream_jax.utils.trees import named_leaves
 
@@ -113,6 +114,7 @@ def test_transformers_reads_the_saved_configuration(tmp_path):
     assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.head_dim, theirs.vocab_size) == (64, 3, 32, 256)
     assert (theirs.num_attention_heads, theirs.num_key_value_heads, theirs.intermediate_size) == (4, 2, 96)
     assert (theirs.rms_norm_eps, theirs.tie_word_embeddings, theirs.attention_bias) == (1e-5, True, False)
+    assert theirs.max_position_embeddings == MAX_LENGTH, "else theirs is 32,768, and warns of longer rows"
     # What their class writes in turn is read here.
     theirs.architectures = ["Qwen3ForCausalLM"]
     theirs.save_pretrained(tmp_path)

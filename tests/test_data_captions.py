@@ -47,6 +47,7 @@ def test_a_step_has_the_shapes_of_the_schema(tokenizer, per_row):
         "position": ((2, 60), "int32"),
         "target_mask": ((2, 60), "bool"),
         "cut": ((2, per_row), "bool"),
+        "texts": ((2, per_row), "int32"),
         "record": ((2, per_row), "int64"),
     }
     assert set(batch) == set(CaptionBatch.__annotations__)
@@ -107,19 +108,22 @@ def test_several_captions_stand_in_a_row_in_the_order_of_their_images(tokenizer)
 def test_others_come_with_a_text_and_are_drawn_anew_in_every_pass(tokenizer):
     others = (("describe", "chair"), ("describe", "the corner"), ("describe", "red"))
     told = {(7,), (9, 10), (6,)}  # chair; the corner; red
-    seen, room = set(), 2 * 3 * (BEFORE + 4)
+    passes, room = {}, 2 * 3 * (BEFORE + 4)
     data = _data(tokenizer, others=others, texts_per_image=3, max_tokens=room, captions_per_row=2)
     with build_pipeline({"caption": data}, seed=1, prefetch=0) as pipeline:
-        batches = [next(pipeline)["caption"] for _ in range(8)]
+        batches = [next(pipeline)["caption"] for _ in range(10)]  # 40 records: each of the 10 comes in four passes
     for batch, row, image in itertools.product(batches, range(2), (100, 200)):
         segment, learned = batch["segment"][row], batch["target_mask"][row]
+        assert batch["texts"][row].tolist() == [3, 3]
         assert np.unique(segment[segment > 0]).tolist() == [101, 102, 103, 201, 202, 203]
         own, *drawn = (tuple(batch["tokens"][row][(segment == image + text) & learned]) for text in (1, 2, 3))
         assert own == (4, 5, END)
         assert drawn[0] != drawn[1]
         assert {answer[:-1] for answer in drawn} <= told
-        seen.add(drawn[0])
-    assert len(seen) == 3
+        passes.setdefault(int(batch["record"][row, image // 100 - 1]), []).append(tuple(drawn))
+    assert [len(draws) for draws in passes.values()] == [4] * 10
+    assert all(len(set(draws)) > 1 for draws in passes.values())  # 6 draws in order: 1 record in 216 draws one alone
+    assert {draws[0][0][:-1] for draws in passes.values()} == told, "nor are they the same for all records of a pass"
 
 
 def test_a_record_with_fewer_texts_gives_all_it_has(tokenizer):
@@ -128,7 +132,36 @@ def test_a_record_with_fewer_texts_gives_all_it_has(tokenizer):
     batch = _step(data)
     assert np.unique(batch["segment"]).tolist() == [0, 101, 102]  # nothing would be left of the other's answer
     assert batch["tokens"][0][(batch["segment"][0] == 102) & batch["target_mask"][0]].tolist() == [7, END]
+    assert batch["texts"].tolist() == [[2], [2]]
     assert not batch["cut"].any()
+
+
+def test_others_that_cannot_be_used_are_left_out_and_the_record_stays(tokenizer):
+    bad = (("describe", " "), ("describe", "red<|im_end|>"), ("describe <think>", "red"), ("describe", "a<|box_end|>"))
+    others = (*bad, ("describe", "chair"))
+    room = {"max_tokens": 6 * (BEFORE + 4)}
+    batch = _step(_data(tokenizer, others=others, texts_per_image=6, **room))
+    assert batch["texts"].tolist() == [[2], [2]]
+    assert batch["tokens"][0][(batch["segment"][0] == 102) & batch["target_mask"][0]].tolist() == [7, END]
+    assert _step(_data(tokenizer, others=bad, **room))["texts"].tolist() == [[1], [1]]
+
+
+def test_boxes_of_others_are_those_of_the_square(tokenizer):
+    others = (("describe", "chair<|box_start|>(0,0),(4,9)<|box_end|>"),)
+    batch = _step(_data(tokenizer, others=others, texts_per_image=2, max_tokens=2 * (BEFORE + 16)))
+    # The square is 32 wide and 24 high of 32: 9.5 down becomes 7.125, 7 when written.
+    box = [BOX, 12, 15, 11, 15, 13, 11, 12, 19, 11, 22, 13, BOX_END]
+    told = batch["tokens"][0][(batch["segment"][0] == 102) & batch["target_mask"][0]].tolist()
+    assert told == [7, *box, END]
+
+
+def test_an_other_that_is_too_long_is_cut_and_told(tokenizer):
+    data = {"others": (("describe", "a red chair in the corner"),), "texts_per_image": 2}
+    batch = _step(_data(tokenizer, **data, max_tokens=2 * BEFORE + 3 + 5))
+    answers = [batch["tokens"][0][(batch["segment"][0] == text) & batch["target_mask"][0]] for text in (101, 102)]
+    assert [answer.tolist() for answer in answers] == [[4, 5, END], [4, 6, 7, 8, END]]
+    assert batch["cut"].all()
+    assert not _step(_data(tokenizer, **data, max_tokens=2 * BEFORE + 3 + 7))["cut"].any()
 
 
 def test_only_the_longest_answers_of_a_row_are_cut(tokenizer):
@@ -216,7 +249,12 @@ def test_a_picture_keeps_its_proportions_and_the_box_in_the_text_its_place(heigh
 def test_text_that_is_none_or_fakes_a_turn_is_refused():
     sample = CaptionedImage(np.zeros((2, 2, 3), np.uint8), "ask", "say", np.zeros((0, 4)), (), "x.jpg")
     check_text(sample)
-    check_text(dataclasses.replace(sample, answer="<|object_ref_start|>it<|object_ref_end|><|box_start|>"))
+    thing = "<|object_ref_start|>it<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
+    check_text(dataclasses.replace(sample, answer=thing))
+    for field in ("instruction", "answer"):
+        with pytest.raises(DataError, match=r"x.jpg: its text holds a box that is not written as one") as caught:
+            check_text(dataclasses.replace(sample, **{field: thing.replace("(3,4)", "")}))
+        assert caught.value.reason == "box is none"
     with pytest.raises(DataError, match=r"x.jpg: its caption has no text") as caught:
         check_text(dataclasses.replace(sample, answer=" \n\t"))
     assert caught.value.reason == "caption has no text"
@@ -243,9 +281,14 @@ def test_settings_that_do_not_fit_are_named(tokenizer, tmp_path):
     for per_row in (0, 61):
         with pytest.raises(DataError, match=rf"captions_per_row: {per_row}, expected 1 to max_tokens \(60\)"):
             _data(tokenizer, max_tokens=60, captions_per_row=per_row)
-    for texts in (0, 100):
-        with pytest.raises(DataError, match=f"texts_per_image: {texts}, expected 1 to 99"):
-            _data(tokenizer, texts_per_image=texts)
+    for texts, most, sizes in (
+        (0, 22, {}),
+        (100, 99, {"max_tokens": 400}),
+        (8, 7, {"max_tokens": 60, "captions_per_row": 8}),
+    ):
+        with pytest.raises(DataError, match=rf"texts_per_image: {texts}, expected 1 to {most} \(less than 100"):
+            _data(tokenizer, texts_per_image=texts, **sizes)
+        _data(tokenizer, texts_per_image=most, **sizes)
     with pytest.raises(DataError, match="max_tokens: 0, expected 1 or more"):
         _data(tokenizer, max_tokens=0)
     with pytest.raises(DataError, match="size: 0, expected 1 or more"):

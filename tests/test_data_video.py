@@ -1,5 +1,10 @@
 """Single frames of a video are exactly those of decoding it from the start; what is no video is refused."""
 
+import struct
+import subprocess
+import sys
+import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -185,3 +190,66 @@ def test_bad_images_are_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"whole\.png: 20 x 12 pixels, at most 239"):
         read_image(tmp_path / "whole.png", max_pixels=239)
     assert not decoded
+
+
+def _bomb(side: int, bits: int) -> bytes:
+    """A whole PNG of black pixels, so many bits each."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    pixels, row = zlib.compressobj(), bytes(1 + side * bits // 8)
+    content = b"".join([*(pixels.compress(row) for _ in range(side)), pixels.flush()])
+    header = struct.pack(">IIBBBBB", side, side, bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+# Not ru_maxrss, which begins with the peak of the process that started this one.
+READ_BOMB = """
+import importlib, sys
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+module, _, name = sys.argv[1].partition(":")
+read = getattr(importlib.import_module("omnistream_jax.data." + module), name)
+before = peak()
+try:
+    for _ in read(sys.argv[2]):  # some read when they are asked for more
+        pass
+except Exception as error:
+    print(peak() - before, type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("reader", ["images:read_image", "readers.files:read_png16"])
+@pytest.mark.parametrize("side", [10_000, 20_000])  # the second is beyond Pillow's own limit too
+def test_a_small_file_of_a_huge_picture_is_refused_without_the_memory_for_it(tmp_path, reader, side):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(_bomb(side, bits=1))
+    assert path.stat().st_size < 100_000
+    assert "pixels" in _refusal(reader, path)
+
+
+@pytest.mark.parametrize("reader", ["video:open_video", "frames:_video_frames"])
+def test_a_small_video_of_a_huge_frame_is_refused_without_the_memory_for_it(tmp_path, reader):
+    path = tmp_path / "bomb.mov"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "gray"
+        packet = av.Packet(_bomb(16_000, bits=8))
+        packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1)
+        container.mux(packet)
+    assert path.stat().st_size < 1_000_000
+    _refusal(reader, path)
+
+
+def _refusal(reader: str, path: Path) -> str:
+    """What a reader says of a file that would take hundreds of megabytes, having taken less than a hundred."""
+    result = subprocess.run(
+        [sys.executable, "-c", READ_BOMB, reader, str(path)], capture_output=True, text=True, timeout=60
+    )
+    kibibytes, kind, told = result.stdout.split(maxsplit=2)
+    assert kind == "DataError"
+    assert f"{path}: " in told
+    assert int(kibibytes) < 100 * 1024
+    return told

@@ -216,33 +216,50 @@ def test_a_process_by_itself_connects_to_nobody():
 # Processes
 
 
-def test_a_failure_of_one_process_ends_the_other_at_once_with_the_same_status():
-    """Whether the other hears of it or finds the connection broken."""
-    (first, told, first_ended), (second, trace, second_ended) = run_two("fails")
-    assert (first, second) == (2, 2)
-    assert "error: process 1 on host" in told
+def end_of(mode, culprit):
+    """Of the process to which it happens, its status and output; of the other, also how many seconds later it ended."""
+    results = run_two(mode, culprit)
+    (status, marks, _), (other, told, ended) = results[culprit], results[1 - culprit]
+    return (status, marks), (other, told, ended - float(re.search(r"^at ([\d.]+)", marks, re.MULTILINE)[1]))
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_failure_of_one_process_ends_the_other_at_once_with_the_same_status(culprit):
+    """Whether the other hears of it or finds the connection broken; and the data workers, which do not heed SIGTERM."""
+    (status, trace), (other, told, seconds) = end_of("fails", culprit)
+    assert (status, other) == (2, 2)
+    assert f"error: process {culprit} on host" in told
     assert "ended with status 2; so does this one" in told
     assert "error: a file is missing on this machine" in trace
-    assert abs(first_ended - second_ended) < 5
-    assert told.count("2 processes by environment, 1 cpu device each") == 1
-    assert "processes by" not in trace
+    assert seconds < 5
+    first, second = (trace, told) if culprit == 0 else (told, trace)
+    assert first.count("2 processes by environment, 1 cpu device each") == 1
+    assert "processes by" not in second
     assert "met [0, 1]" in told
     assert "after" not in told + trace
 
 
-def test_a_killed_process_ends_the_other_within_the_heartbeat():
-    (first, told, ended), (second, marks, _) = run_two("dies")
-    assert second == -9
-    assert first not in (0, None), told
-    assert ended - float(re.search(r"at ([\d.]+)", marks)[1]) < 15
+def test_processes_whose_stderr_lies_on_a_full_disk_end_together_too():
+    (status, _), (other, told, seconds) = end_of("fails mutely", culprit=0)
+    assert (status, other) == (1, 1), told
+    assert seconds < 5
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_killed_process_ends_the_other_within_the_heartbeat(culprit):
+    (status, _), (other, told, seconds) = end_of("dies", culprit)
+    assert status == -9
+    assert other not in (0, None), told
+    assert seconds < 15
 
 
 @pytest.mark.slow
-def test_a_stopped_process_ends_the_other_within_the_heartbeat():
-    (first, told, ended), (_, marks, _) = run_two("stops")
-    assert first == -6  # SIGABRT, by JAX
-    assert "stopped sending heartbeats" in told
-    assert ended - float(re.search(r"at ([\d.]+)", marks)[1]) < 15
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_stopped_process_ends_the_other_within_the_heartbeat(culprit):
+    _, (other, told, seconds) = end_of("stops", culprit)
+    assert other == -6  # SIGABRT, by JAX
+    assert "heartbeat" in told.lower()
+    assert seconds < 15
 
 
 @pytest.mark.slow

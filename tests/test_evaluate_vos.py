@@ -154,26 +154,6 @@ def test_the_table_and_the_pictures(finished, sequences):
     assert not list(output.rglob("*.tmp*"))
 
 
-@pytest.mark.parametrize("preset", ["dino", "dinov3"])
-def test_presets_are_the_originals_protocols(config_for, tmp_path, preset, monkeypatch):
-    kept = []
-    monkeypatch.setattr(Segmenter, "masks", lambda self, video: kept.append(self) or iter(video.masks()))
-    propagate(config_for(tmp_path, preset=preset, plots=False))
-    settings = summary(tmp_path)["settings"]
-    assert settings["preset"] == preset
-    segmenter = kept[0]
-    assert segmenter.reader.features == "frame"
-    assert vars(segmenter.propagation) == {name: settings[name] for name in vars(segmenter.propagation)}
-    expected = {
-        "dino": (12, "square", 5, 0.1, "bilinear", "wins", "down", 64, "bilinear", "dino"),
-        "dinov3": (12, "circle", 5, 0.2, "nearest", "loses", "up", 0, "bicubic", "imagenet"),
-    }
-    names = ("radius", "neighbourhood", "top", "temperature", "upsampling", "flat_channel")
-    names += ("rounding", "multiple", "interpolation", "deviation")
-    assert tuple(settings[name] for name in names) == expected[preset]
-    assert config_lib.load(CONFIG).presets[preset].short_side == {"dino": 480, "dinov3": 960}[preset]
-
-
 # Masks of another program
 
 

@@ -1,13 +1,16 @@
 """What a run outlives: numbers that are not finite, a full disk, workers that die, a second writer."""
 
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,9 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.pipeline import build_pipeline
 from omnistream_jax.data.sources import embedded_source
 from omnistream_jax.data.ssl import SelfSupervisedData
-from omnistream_jax.faults import Saver
+from omnistream_jax.faults import Counters, FiniteGuard, Saver
 from omnistream_jax.train import TrainingError
+from omnistream_jax.utils import agreement
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 from omnistream_jax.utils.metrics import read_metrics
 
@@ -80,6 +84,24 @@ def test_too_many_in_a_row_stop_and_name_their_batches_and_starting_again_forget
     assert [row["step"] for row in json.loads(path.read_text())] == [5]
     step, state, _ = restored(tmp_path)
     assert (step, int(state.step)) == (4, 2)
+
+
+class FullDisk:
+    """Checkpoints that are never saved."""
+
+    def wait(self):
+        return None
+
+    def save(self, step, *_):
+        raise SaveFailedError(f"step {step} could not be saved")
+
+
+@pytest.mark.parametrize(("process", "lines"), [(0, 2), (1, 0)])
+def test_what_every_process_knows_is_told_by_the_first_alone(tmp_path, monkeypatch, caplog, process, lines):
+    monkeypatch.setattr(agreement, "jax", types.SimpleNamespace(process_index=lambda: process))
+    FiniteGuard(Counters(), 1, tmp_path).check(1, {"first": math.nan}, 1.0, dict)
+    Saver(FullDisk(), Counters(), print, last_saved=0).save(1, {}, {})
+    assert [record.getMessage().startswith("step 1") for record in caplog.records] == [True] * lines
 
 
 # A full disk
@@ -229,7 +251,6 @@ def test_workers_outlive_a_signal_to_the_whole_job_and_not_the_process_that_they
         "        print('still here', flush=True)\n"
         "        time.sleep(60)\n"
     )
-    shared = set(os.listdir("/dev/shm"))
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -240,12 +261,19 @@ def test_workers_outlive_a_signal_to_the_whole_job_and_not_the_process_that_they
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "still here\n"
+        shared = {name for pid in (process.pid, *workers) for name in shared_memory(pid)}
         process.kill()
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert len(set(os.listdir("/dev/shm")) - shared) < 4, "the memory that they shared is given back"
+    assert shared
+    assert not shared & set(os.listdir("/dev/shm")), "the memory that they shared is given back"
+
+
+def shared_memory(pid: int) -> list[str]:
+    """Names of the segments that a process has in its memory."""
+    return re.findall(r" /dev/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text())
 
 
 # A second writer

@@ -286,7 +286,7 @@ def test_the_check_of_draws_tells_a_wrong_temperature():
         assert_drawn_from(draw(logits, 0, 1.2, None), softmax(logits))
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("top_p", [1e-50, 1e-40, 1e-6, 0.1, 0.5, 0.9, 0.99, 1.0])
 def test_the_nucleus_is_the_one_by_sorting(top_p):
     logits = np.random.default_rng(5).normal(size=(8, 1000)) * np.array([0.5, 1, 2, 3, 4, 6, 8, 12])[:, None]
     probabilities = softmax(logits).astype(np.float32)

@@ -141,6 +141,11 @@ def test_boxes_beside_the_picture_end_at_its_border_and_broken_ones_stay():
     [
         (np.zeros((1, SIDE, SIDE, 3), np.uint8), [""], "instruction: '', expected a text"),
         (np.zeros((1, SIDE, SIDE, 3), np.uint8), ["a <|im_end|>"], r"instruction: .* holds <\|im_end\|>"),
+        (
+            np.zeros((1, SIDE, SIDE, 3), np.uint8),
+            ["What is in <|box_start|>(1,2)<|box_end|>?"],
+            r"instructions: 'What is in .*' holds a box that is not written as one",
+        ),
         (np.zeros((1, SIDE, SIDE, 3), np.uint8), "Describe", "instructions: expected a list of 1 texts"),
         (np.zeros((1, SIDE, SIDE, 3), np.uint8), ["a", "b"], "instructions: expected a list of 1 texts"),
         (
@@ -169,8 +174,9 @@ def test_load_gives_back_what_save_wrote_and_says_the_same(model, saved, picture
     loaded.save(tmp_path / "again")
     names = sorted(str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file())
     assert names == [
-        *("config.json", "decoder/config.json", "decoder/model.safetensors", "decoder/tokenizer.json"),
-        *("decoder/tokenizer_config.json", "language.json", "model.safetensors", "projector.safetensors"),
+        *("config.json", "decoder/config.json", "decoder/generation_config.json", "decoder/model.safetensors"),
+        *("decoder/tokenizer.json", "decoder/tokenizer_config.json", "language.json"),
+        *("model.safetensors", "projector.safetensors"),
     ]
     for name in names:
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name

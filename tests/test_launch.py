@@ -132,18 +132,20 @@ def children_of(local, *commands: str) -> list[subprocess.Popen]:
 def test_all_local_processes_end_when_one_does(commands, status, capsys):
     local = load_local()
     children, started = children_of(local, *commands), time.monotonic()
-    assert local.wait(children, grace=0.5) == status
+    assert local.wait(children, grace=0.5, asked=[]) == status
     assert time.monotonic() - started < 10
     assert all(child.poll() is not None for child in children)
     assert ("killed" in capsys.readouterr().err) == any("sleep 60" in command for command in commands)
 
 
-def local_run(directory: Path, program: str, *options: str, **pipes: object) -> subprocess.Popen:
-    """launch/local.py with `program` in the place of omnistream_jax.main."""
+def local_run(
+    directory: Path, program: str, *options: str, launcher: tuple[str, ...] = (str(LAUNCH / "local.py"),)
+) -> subprocess.Popen:
+    """launch/local.py, or what stands for it, with `program` in the place of omnistream_jax.main."""
     (directory / "omnistream_jax").mkdir()
     (directory / "omnistream_jax" / "__init__.py").touch()
     (directory / "omnistream_jax" / "main.py").write_text("import os, signal, sys, time\n" + program)
-    command = [sys.executable, str(LAUNCH / "local.py"), *options]
+    command = [sys.executable, *launcher, *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=directory)
 
 
@@ -178,6 +180,34 @@ def test_sigterm_goes_to_every_local_process(tmp_path):
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=20)
     assert run.returncode == 75
+
+
+SIGNALLED_AT_ITS_START = f"""
+import os, signal, sys
+sys.path.insert(0, {str(LAUNCH)!r})
+import local
+start = local.start
+def start_and_be_asked_to_end(*arguments):
+    children = start(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return children
+local.start = start_and_be_asked_to_end
+sys.exit(local.main())
+"""
+
+
+def test_sigterm_while_local_processes_start_reaches_them(tmp_path):
+    run = local_run(tmp_path, "time.sleep(60)", "2", "--", "--x", launcher=("-c", SIGNALLED_AT_ITS_START))
+    _, error = run.communicate(timeout=20)
+    assert run.returncode == 128 + signal.SIGTERM, error
+
+
+@pytest.mark.slow
+def test_what_a_local_process_leaves_running_holds_nothing_up(tmp_path):
+    program = "import subprocess; subprocess.Popen(['sleep', '30'], start_new_session=True); print('up')"
+    run = local_run(tmp_path, program, "1", "--", "--x")
+    out, error = run.communicate(timeout=20)
+    assert (run.returncode, out, error) == (0, "[0] up\n", "")
 
 
 def test_what_cannot_be_started_is_refused(tmp_path):

@@ -42,6 +42,17 @@ def test_a_new_run_begins_with_no_lines(tmp_path):
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
 
 
+def test_the_scores_of_a_finished_run_that_is_run_again_replace_the_earlier(tmp_path):
+    for score in (1, 2):
+        with open_writer(tmp_path, restored_step=20) as writer:
+            if score == 1:
+                writer.write(20, {"loss": 0.5})
+                writer.write(20, {"knn": 3})
+            writer.write_again(20, {"score": score})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == [{"step": 20, "loss": 0.5}, {"step": 20, "knn": 3}, {"step": 20, "score": 2}]
+
+
 def test_a_cut_last_line_is_left_out_and_removed_at_the_next_start(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')

@@ -9,6 +9,7 @@ import threading
 import jax
 import pytest
 from fault_cases import REPOSITORY, bits, read_until, restored, toy_config, train_toy, victim
+from process_cases import run_two
 from training_cases import PRETRAIN
 
 from omnistream_jax.faults import FiniteGuard
@@ -31,22 +32,22 @@ def test_before_the_first_step_there_is_nothing_to_save_and_the_run_ends_at_once
 
 def test_between_steps_the_signal_is_told_where_it_is_asked_for():
     with Preemption(75) as preemption:
-        assert not preemption.reached(1)
+        assert not preemption.reached()
         terminate()
-        assert preemption.reached(2)
+        assert preemption.reached()
         with pytest.raises(PreemptedError):
             preemption.leave("saved")
 
 
 def test_once_all_is_saved_the_run_ends_at_once_again():
     with Preemption(7) as preemption:
-        assert not preemption.reached(1)
+        assert not preemption.reached()
         preemption.nothing_to_save()
         with pytest.raises(PreemptedError) as caught:
             terminate()
     assert caught.value.code == 7
     with Preemption(7) as preemption:
-        preemption.reached(1)
+        preemption.reached()
         terminate()
         with pytest.raises(PreemptedError):
             preemption.nothing_to_save()
@@ -60,7 +61,7 @@ def test_the_handler_of_before_comes_back_and_other_threads_have_none():
 
     def enter():
         with Preemption(75) as preemption:
-            seen.append((signal.getsignal(TERM), preemption.reached(1)))
+            seen.append((signal.getsignal(TERM), preemption.reached()))
 
     seen = []
     thread = threading.Thread(target=enter)
@@ -77,7 +78,7 @@ def test_a_second_signal_kills():
     program = (
         "import os, signal; from omnistream_jax.preemption import Preemption\n"
         "with Preemption(75) as preemption:\n"
-        "    preemption.reached(1)\n"
+        "    preemption.reached()\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still here')\n"
     )
@@ -120,6 +121,19 @@ def test_a_signal_in_a_step_that_is_saved_anyway_saves_it_once(tmp_path, monkeyp
     with pytest.raises(PreemptedError):
         train_toy(toy_config(checkpoint__every=2), tmp_path)
     assert restored(tmp_path)[0] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(
+    ("mode", "told"), [("early notice", "saved at step 1"), ("late notice", "with nothing left to save")]
+)
+def test_a_notice_to_one_of_two_processes_at_any_time_is_heard_by_both(mode, told, culprit):
+    (first, output, _), (second, other, _) = run_two(mode, culprit)
+    assert (first, second) == (75, 75), output + other
+    assert told in output
+    assert told not in other, "one process tells it"
+    assert "over" not in output + other
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Prepared captions: pictures, texts and boxes as the readers of the published layouts give them."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -15,8 +16,10 @@ from test_readers_refcoco import BOXES, REFERENCES
 
 from omnistream_jax.data.captions import CaptionData
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.picture_records import decode_caption, encode_caption
 from omnistream_jax.data.readers.prepared import Prepared
 from omnistream_jax.data.readers.prepared_captions import PreparedCaptions
+from omnistream_jax.data.record_bytes import as_tensor, pack
 from omnistream_jax.data.registry import open_dataset
 
 
@@ -83,6 +86,7 @@ def assert_same_captions(prepared, expected, root):
         np.testing.assert_array_equal(ours.boxes, theirs.boxes)
         assert (ours.boxes.dtype, ours.boxes.shape) == (np.float32, theirs.boxes.shape)
         assert (ours.instruction, ours.answer, ours.phrases) == (theirs.instruction, theirs.answer, theirs.phrases)
+        assert ours.others == theirs.others
         assert ours.path == f"{prepared.describe(index)}: {theirs.path.removeprefix(f'{root}{os.sep}')}"
 
 
@@ -149,11 +153,26 @@ def test_language_draws_the_same_batches_from_shards(tmp_path):
         open_dataset("world_captions", "train", length=5, size=32, seed=3),
         open_dataset("prepared_captions", tmp_path / "out"),
     )
-    fields = {"global_batch_size": 4, "tokenizer": tokenizer, "max_tokens": 512, "size": 32}
+    fields = {"global_batch_size": 4, "tokenizer": tokenizer, "max_tokens": 512, "size": 32, "texts_per_image": 3}
     raw, prepared = (CaptionData(sources=(reader,), **fields).dataset(1, 0, 1)[1] for reader in readers)
-    for name in ("image", "tokens", "target_mask", "record"):
+    for name in ("image", "tokens", "segment", "target_mask", "record"):
         np.testing.assert_array_equal(raw[name], prepared[name])
     assert raw["target_mask"].any()
+    assert (raw["texts"] == 3).all()
+
+
+def test_texts_that_a_record_implies_are_not_stored_and_shards_without_any_are_read(tmp_path):
+    write_grit(tmp_path / "in")
+    assert run(tmp_path / "in", tmp_path / "out", dataset="grit") == 0
+    prepared = PreparedCaptions.open(tmp_path / "out")
+    record, others = prepared.record(0), prepared.read(0).others
+    assert record.others is None
+    assert others[0][0] == "Describe the image."
+    told = dataclasses.replace(record, others=(("ask", "say"),))
+    assert decode_caption(encode_caption(told), "x").others == (("ask", "say"),)
+    older = {key: value for key, value in vars(record).items() if key not in ("others", "boxes", "picture")}
+    data = pack(older, {"boxes": record.boxes, "picture": as_tensor(record.picture)})
+    assert decode_caption(data, "x").others is None
 
 
 def test_captions_lost_on_the_way_come_to_the_same_bytes(tmp_path):

@@ -11,14 +11,14 @@ import pytest
 from backbone_cases import random_model
 from clip_cases import write_clip
 from goldens import load_golden, relative_error
-from probe_cases import CONFIG, write_backbone
+from probe_cases import CONFIG, sampling_of, view_of, write_backbone
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from omnistream_jax import config as config_lib
 from omnistream_jax import probe as probe_lib
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.vjepa2_probe import ProbeSizes, convert_attentive_probe, save_attentive_probe
-from omnistream_jax.data.probes.clip_views import Sampling, SpatialViews, TrainingView
+from omnistream_jax.data.probes.clip_views import SpatialViews
 from omnistream_jax.evals.probes import action
 from omnistream_jax.evals.probes.action import ActionProbe, video_tokens
 from omnistream_jax.evals.probes.base import Heads
@@ -61,14 +61,13 @@ def make_probe(classes, heads=1, segments=1, views=1, evaluate_batch=16, head=No
         start=None,
         train=Named(tuple(map(str, range(classes)))),
         heldout=Named(tuple(map(str, range(classes)))),
-        sampling=Sampling(segments, 1, 1),
-        view=TrainingView(16),
+        sampling=sampling_of(segments, 1, 1),
+        view=view_of(16),
         views=SpatialViews(16, views),
         shuffle_frames=False,
         validation_seed=0,
         evaluate_batch=evaluate_batch,
-        heads_at_once=changes.pop("heads_at_once", 0),
-        **changes,
+        **{"heads_at_once": 0, "best_evaluation": False, "frames_alone": False, **changes},
     )
 
 
@@ -151,6 +150,24 @@ def test_tokens_are_those_of_all_segments_each_a_stream_of_its_own():
     assert np.abs(np.asarray(whole).reshape(2, 18, 32) - expected[:, 18:]).max() > 1e-2
 
 
+@pytest.mark.parametrize("clips", [0, 1])
+def test_frames_alone_are_those_of_single_frame_clips_and_a_permutation_of_them_permutes_their_tokens(clips):
+    model, order = random_model(patch_size=8), [2, 0, 1]
+    frames = np.random.default_rng(0).integers(0, 256, (2, 6, 16, 24, 3)).astype(np.uint8)  # 2 segments of 3 frames
+    permuted = frames.reshape(2, 2, 3, 16, 24, 3)[:, :, order].reshape(frames.shape)
+    tokens = {}
+    with jax.set_mesh(make_mesh()):
+        for alone in (True, False):
+            encode = make_encode(model, make_mesh(), clips=clips, frames_alone=alone)
+            for name, shown in (("plain", frames), ("permuted", permuted)):
+                of_frames = jax.jit(video_tokens, static_argnums=2)(encode, shown, 2).reshape(2, 2, 3, 6, 32)
+                tokens[alone, name] = np.asarray(of_frames)
+    single = model.encode(frames.reshape(12, 1, 16, 24, 3), layers=()).patches
+    np.testing.assert_allclose(tokens[True, "plain"].reshape(12, 6, 32), np.reshape(single, (12, 6, 32)), atol=1e-4)
+    np.testing.assert_allclose(tokens[True, "permuted"], tokens[True, "plain"][:, :, order], atol=1e-4)
+    assert np.abs(tokens[False, "permuted"] - tokens[False, "plain"][:, :, order]).max() > 1e-2
+
+
 def test_the_loss_is_the_mean_cross_entropy():
     generator = np.random.default_rng(0)
     tokens, labels = generator.normal(size=(4, 5, 8)).astype(np.float32), np.array([0, 2, 1, 2])
@@ -186,39 +203,13 @@ def filled(recipe, **fields):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "preset", "segments", "heads", "steps"),
-    [
-        ("k400", "vjepa2", 8, 20, 19_280),
-        ("ssv2", "vjepa2", 2, 20, 13_200),
-        ("k400", "paper", 8, 8, 19_280),
-        ("ssv2", "paper", 2, 4, 13_200),
-    ],
-)
-def test_presets_are_those_of_the_protocol(tmp_path, recipe, preset, segments, heads, steps):
-    folder = write_videos(tmp_path)
-    fields = {"preset": preset, "data": str(folder), "classes": 3, "allow_incomplete": True}
-    probe = action.build(filled(recipe, **fields), BACKBONE)
-    assert probe.sampling == Sampling(segments, frames=16, stride=4, window="random")
-    assert probe.views == SpatialViews(size=256, views=3)
-    assert probe.view == TrainingView()
-    assert (probe.head.heads, probe.head.depth, probe.head.classes) == (16, 4, 3)
-    assert (len(probe.heads), probe.batch, probe.schedule.steps) == (heads, 256, steps)
-    if preset == "vjepa2":
-        pairs = {(rate, decay) for rate in (5e-3, 3e-3, 1e-3, 3e-4, 1e-4) for decay in (0.01, 0.1, 0.4, 0.8)}
-        assert set(zip(probe.heads.learning_rates, probe.heads.weight_decays, strict=True)) == pairs
-    rates = {("paper", "k400"): {1e-4, 3e-4}, ("paper", "ssv2"): {3e-4}}.get((preset, recipe))
-    assert rates is None or set(probe.heads.learning_rates) == rates
-    for step in (0, 1, steps // 3, steps // 2, steps - 1):  # V-JEPA 2 moves its schedule on before each step
-        expected = 0.5 * (1 + np.cos(np.pi * (step + 1) / steps))
-        assert probe.learning_rate_factor(step) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"size": 40}, "size: expected a multiple of the patch, 16 pixels, got 40"),
         ({"probe_heads": 5}, "probe_heads: expected a divisor of the width 64, got 5"),
         ({"probe_depth": 0}, "probe_depth: expected 1 block or more, got 0"),
+        ({"features": "stream"}, "features: expected one of clip, frame, got 'stream'"),
+        ({"features": "frame", "time_unit": 8.0}, "time_unit: frames that are encoded alone have no time, got 8"),
         ({"rand_augment": "augmix"}, "rand_augment: 'augmix', expected a name like"),
         ({"validation_window": "first"}, "^validation_window: 'first', expected random or middle"),
         ({"crop_scale": (0.5,)}, r"^crop_scale: \(0.5,\), expected \(smallest, largest\)"),
@@ -246,7 +237,7 @@ def test_heads_start_from_given_weights(tmp_path):
 # The job
 
 
-def run(tmp_path, recipe, **fields):
+def config_of(tmp_path, recipe, **fields):
     common = {
         "checkpoint": str(write_backbone(tmp_path / "model")),
         "output": str(tmp_path / "out"),
@@ -263,7 +254,11 @@ def run(tmp_path, recipe, **fields):
         "plots": False,
         "compilation_cache": "",
     }
-    config = config_lib.load(f"{CONFIG}:{recipe}", common | fields)
+    return config_lib.load(f"{CONFIG}:{recipe}", common | fields)
+
+
+def run(tmp_path, recipe, **fields):
+    config = config_of(tmp_path, recipe, **fields)
     assert probe_lib.probe(config) == 0
     return json.loads((tmp_path / "out" / "probe.json").read_text())
 
@@ -273,6 +268,7 @@ def test_videos_of_the_published_lists_are_learned_and_scored(tmp_path, monkeypa
     fields = {"data": str(folder), "classes": 3, "allow_incomplete": True, "segments": 2, "stride": 2, "steps": 30}
     fields |= {"rand_augment": "", "evaluate_every": 15, "evaluate_batch": 2}
     content = run(tmp_path, "ssv2", **fields)
+    assert content["published"] is None
     assert content["best"]["top1"] == 1.0  # brightness tells the class
     assert content["data"]["train"]["videos"] == 6
     assert content["data"]["validation"]["views"]["views"] == 3
@@ -289,3 +285,19 @@ def test_the_worlds_motions_are_scored_from_features_that_are_encoded_once(tmp_p
     assert (tmp_path / "out" / "features" / "train.safetensors").exists()
     with pytest.raises(ConfigError, match="other settings"):
         run(tmp_path, "world_motion", **world, shuffle_frames=True)
+    with pytest.raises(ConfigError, match=r'other settings.*\n  features: "clip" -> "frame"'):
+        run(tmp_path, "world_motion", **world, features="frame")
+
+
+@pytest.mark.parametrize("features", ["clip", "frame"])
+def test_the_job_encodes_clips_or_frames_as_its_field_says(tmp_path, features):
+    """The tokens of frames in another order are the same in another order where each frame is encoded alone."""
+    config = config_of(tmp_path, "world_motion", scenes=11, heldout_scenes=11, features=features)
+    job, order = probe_lib.build(config), [1, 0]
+    frames = np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3)).astype(np.uint8)
+    with jax.set_mesh(job.mesh):
+        tokens, permuted = (
+            np.asarray(job.probe.features(job.encode, shown)).reshape(2, 4, 32) for shown in (frames, frames[:, order])
+        )
+    assert (np.abs(permuted - tokens[order]).max() < 1e-4) == (features == "frame")
+    assert job.settings["features"] == features

@@ -1,6 +1,5 @@
 """ADE20K as a linear probe: layout, augmentation, sliding window, scores, a run from end to end."""
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -8,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 from backbone_cases import random_model
-from dense_probe_cases import COLOURS, PIXELS, colour_head, recipe, see_pixels, write_ade
+from dense_probe_cases import COLOURS, PIXELS, ade_augmentation, colour_head, recipe, see_pixels, write_ade
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.probes import ade20k as layout
 from omnistream_jax.data.probes.ade20k import (
-    AdeAugmentation,
     AdeData,
     _brightness,
     _contrast,
@@ -27,11 +26,12 @@ from omnistream_jax.data.probes.ade20k import (
 )
 from omnistream_jax.data.probes.colours import DEVIATION, MEAN
 from omnistream_jax.evals.probes import ade20k
+from omnistream_jax.evals.probes.ade20k import SegmentationProbe
+from omnistream_jax.evals.probes.base import Evaluation
 from omnistream_jax.probe import probe
+from omnistream_jax.utils.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-NOTHING = AdeAugmentation(32, (1.0, 1.0), 32, 1.0, 0.0, False)
 
 
 def small(root, **fields):
@@ -72,6 +72,14 @@ def test_other_counts_than_the_published_ones_are_refused(tmp_path):
         open_ade20k(write_ade(tmp_path / "other", lists=False), "val")
 
 
+def test_as_many_pictures_as_are_published_are_complete_whatever_is_allowed(tmp_path, monkeypatch):
+    root = write_ade(tmp_path)
+    assert not open_ade20k(root, "val", incomplete=True).settings()["complete"]
+    monkeypatch.setattr(layout, "COUNTS", {"train": 4, "val": 3})
+    for incomplete in (True, False):
+        assert open_ade20k(root, "val", incomplete=incomplete).settings()["complete"]
+
+
 def test_what_does_not_fit_the_layout_is_named(tmp_path):
     with pytest.raises(DataError, match="holds no images/validation of ADE20K"):
         open_ade20k(tmp_path, "val")
@@ -107,19 +115,17 @@ def test_the_long_side_is_rounded_half_up():
 
 def test_nothing_random_is_the_picture_and_labels_stay_on_their_pixels(tmp_path):
     picture, labels = open_ade20k(write_ade(tmp_path), "train", incomplete=True).read(0)
-    pixels, seen = NOTHING.apply(np.random.default_rng(0), picture, labels)
+    pixels, seen = ade_augmentation().apply(np.random.default_rng(0), picture, labels)
     np.testing.assert_allclose(pixels * DEVIATION + MEAN, picture / 255, atol=1e-6)
     np.testing.assert_array_equal(seen, labels)
-    flipped, mirrored = dataclasses.replace(NOTHING, flip_probability=1.0).apply(
-        np.random.default_rng(0), picture, labels
-    )
+    flipped, mirrored = ade_augmentation(flip_probability=1.0).apply(np.random.default_rng(0), picture, labels)
     np.testing.assert_allclose(flipped, pixels[:, ::-1])
     np.testing.assert_array_equal(mirrored, labels[:, ::-1])
 
 
 def test_small_pictures_are_padded_at_the_right_and_below_with_the_mean_colour_and_no_label():
     picture, labels = np.full((16, 20, 3), 200, np.uint8), np.zeros((16, 20), np.uint8)
-    pixels, seen = dataclasses.replace(NOTHING, short_side=16).apply(np.random.default_rng(0), picture, labels)
+    pixels, seen = ade_augmentation(short_side=16).apply(np.random.default_rng(0), picture, labels)
     assert pixels.shape == (32, 32, 3)
     assert (pixels[16:] == 0).all()
     assert (pixels[:, 20:] == 0).all()
@@ -129,7 +135,7 @@ def test_small_pictures_are_padded_at_the_right_and_below_with_the_mean_colour_a
 
 def test_scales_reach_from_half_to_twice_the_short_side():
     picture, labels = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
-    augmentation = AdeAugmentation(64, (0.5, 2.0), 128, 1.0, 0.0, False)
+    augmentation = ade_augmentation(short_side=64, scale=(0.5, 2.0), crop=128)
     rng = np.random.default_rng(0)
     sides = [np.sqrt((augmentation.apply(rng, picture, labels)[1] == 0).sum()) for _ in range(60)]
     assert 32 <= min(sides) < 38
@@ -143,10 +149,10 @@ def test_crops_that_show_one_class_are_drawn_again():
     picture = np.zeros((32, 320, 3), np.uint8)
     shares = {}
     for ratio in (1.0, 0.75):
-        augmentation, rng = dataclasses.replace(NOTHING, category_ratio=ratio), np.random.default_rng(0)
+        augmentation, rng = ade_augmentation(category_ratio=ratio), np.random.default_rng(0)
         seen = [augmentation.apply(rng, picture, labels)[1] for _ in range(300)]
         shares[ratio] = np.mean([0.25 < (each == 1).mean() < 0.75 for each in seen])
-    # One try finds such a crop with probability 16 / 289, one of ten or of the eleventh, which is not looked at.
+    # One try finds such a crop with probability 15 / 289, one of ten or of the eleventh, which is not looked at.
     one = shares[1.0]
     assert one == pytest.approx(15 / 289, abs=0.03)
     assert shares[0.75] == pytest.approx(1 - (1 - 15 / 289) ** 11, abs=0.08)
@@ -184,7 +190,7 @@ def test_distortions_cut_fractions_off_as_the_original():
 
 def test_training_batches_are_a_matter_of_seed_and_step(tmp_path):
     images = open_ade20k(write_ade(tmp_path), "train", incomplete=True)
-    data = AdeData((images,), 2, augmentation=AdeAugmentation(32, crop=32))
+    data = AdeData((images,), 2, augmentation=ade_augmentation(scale=(0.5, 2.0), distortion=True))
     batch, again = data.dataset(0, 0, 1)[3], data.dataset(0, 0, 1)[3]
     assert batch["frames"].shape == (2, 1, 32, 32, 3)
     assert batch["frames"].dtype == np.float32
@@ -253,27 +259,36 @@ def test_fields_that_cannot_work_are_named(tmp_path, fields, message):
         ade20k.build(config, SimpleNamespace(patch_size=16))
 
 
-def test_presets_are_the_protocols():
-    config = recipe("ade20k")
-    assert (config.learning_rates, config.steps, config.batch, config.warmup_steps) == ((1e-3,), 40_000, 16, 1_500)
-    assert (config.size, config.window, config.stride, config.evaluate_every) == (512, 512, 341, 5_000)
-    assert (config.best_evaluation, config.compute_dtype) == (True, "float32")
-    assert config.augmentation.to_dict() == dataclasses.asdict(AdeAugmentation())
-
-
 # From end to end
 
 
-def test_a_run_from_the_published_layout_to_scores_and_pictures(tmp_path):
+def run(tmp_path, **fields):
     root, model, output = write_ade(tmp_path / "data"), tmp_path / "model", tmp_path / "output"
     random_model(patch_size=8).save(model)
-    fields = {"checkpoint": str(model), "output": str(output), "compilation_cache": "", "loader__prefetch": 0}
-    fields |= {"steps": 4, "warmup_steps": 2, "batch": 2, "evaluate_every": 2, "evaluate_batch": 3, "plots": True}
-    assert probe(small(root, **fields)) == 0
-    result = json.loads((output / "probe.json").read_text())
+    common = {"checkpoint": str(model), "output": str(output), "compilation_cache": "", "loader__prefetch": 0}
+    assert probe(small(root, **common, **fields)) == 0
+    return json.loads((output / "probe.json").read_text()), output
+
+
+def test_a_run_from_the_published_layout_to_scores_and_pictures(tmp_path):
+    fields = {"steps": 60, "warmup_steps": 5, "learning_rates": (3e-2,), "log_every": 1, "evaluate_every": 30}
+    plain = {"augmentation__distortion": False, "augmentation__scale": (1.0, 1.0)}  # blocks lie on patches
+    result, output = run(tmp_path, batch=4, evaluate_batch=3, plots=True, **fields, **plain)
     assert result["data"]["validation"]["images"] == 3
-    assert 0 <= result["best"]["miou"] < 0.5
+    losses = [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+    assert len(losses) == 60
+    assert losses[-1] < 0.7 * losses[0]
+    assert result["best"]["pixel_accuracy"] > 0.25  # one of 6 classes at random has 0.17, an untrained head 0.01
     evaluations = json.loads((output / "evaluations.json").read_text())["evaluations"]
-    assert [row["step"] for row in evaluations] == [2, 4]
+    assert [row["step"] for row in evaluations] == [30, 60]
     assert result["best"]["miou"] == max(row["scores"][0]["miou"] for row in evaluations)
     assert (output / "plots/segmentation.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(("best_evaluation", "step", "miou"), [(True, 1, 0.5), (False, 2, 0.3)])
+def test_the_best_or_the_last_evaluation_is_reported(tmp_path, monkeypatch, best_evaluation, step, miou):
+    falling = iter((0.5, 0.3))
+    monkeypatch.setattr(SegmentationProbe, "evaluate", lambda *_: Evaluation([{"miou": next(falling)}]))
+    fields = {"steps": 2, "warmup_steps": 1, "evaluate_every": 1, "batch": 2}
+    result, _ = run(tmp_path, best_evaluation=best_evaluation, **fields)
+    assert (result["step"], result["best"]["miou"]) == (step, miou)

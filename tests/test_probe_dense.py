@@ -78,7 +78,7 @@ def test_the_depth_head_its_loss_and_its_gradients_are_pytorchs():
     def loss_of(maps):
         return grouped_sig_loss(resize_bilinear(maps, 13, 17), target, target > 0, 2)
 
-    loss, maps = trained(LinearDepth(8), "depth", loss_of)
+    loss, maps = trained(LinearDepth(8, **LIMITS), "depth", loss_of)
     assert relative_error(maps[:, 0], GOLDEN["depth/maps"]) < 1e-6
     assert relative_error(resize_bilinear(jnp.asarray(maps), 13, 17)[:, 0], GOLDEN["depth/large"]) < 1e-6
     assert loss == pytest.approx(float(GOLDEN["depth/loss"]), rel=1e-5)
@@ -145,8 +145,9 @@ def test_batch_norm_in_evaluation_uses_the_running_statistics():
 
 def test_heads_begin_small():
     classifier = LinearClassifier(300).init(jax.random.key(0), jnp.zeros((1, 200)))["params"]["linear"]
-    depth = LinearDepth().init(jax.random.key(0), jnp.zeros((1, 1, 2, 2, 200)), False)["params"]["linear"]
-    segmentation = LinearSegmentation().init(jax.random.key(0), jnp.zeros((1, 1, 2, 2, 200)), False)["params"]["linear"]
+    depth = LinearDepth(256, **LIMITS).init(jax.random.key(0), jnp.zeros((1, 1, 2, 2, 200)), False)["params"]["linear"]
+    head = LinearSegmentation(150, dropout=0.1)
+    segmentation = head.init(jax.random.key(0), jnp.zeros((1, 1, 2, 2, 200)), False)["params"]["linear"]
     for params, outputs in ((classifier, 300), (depth, 256), (segmentation, 150)):
         assert params["kernel"].shape == (200, outputs)
         assert float(jnp.std(params["kernel"])) == pytest.approx(0.01, rel=0.03)

@@ -41,6 +41,7 @@ def test_folders_are_classes_by_the_alphabet(folder):
     assert label == 1
     np.testing.assert_array_equal(image, Image.open(path))
     assert source.settings()["images"] == 12
+    assert source.settings()["complete"]
 
 
 def test_pictures_stay_as_they_are_stored(tmp_path):
@@ -65,6 +66,14 @@ def test_pictures_stay_as_they_are_stored(tmp_path):
 def test_other_counts_are_refused(folder, split, classes, images, message):
     with pytest.raises(DataError, match=message):
         image_folder(folder, split, classes, images)
+
+
+@pytest.mark.parametrize(("classes", "images", "complete"), [(3, 12, True), (4, 12, False), (3, 50_000, False)])
+def test_what_may_be_incomplete_says_whether_it_is(folder, classes, images, complete):
+    settings = image_folder(folder, "val", classes, images, incomplete=True).settings()
+    assert (settings["images"], settings["expected_images"], settings["complete"]) == (12, images, complete)
+    with pytest.raises(DataError, match=r"val: 12 images of 3 classes, expected at most 2 classes$"):
+        image_folder(folder, "val", 2, images, incomplete=True)
 
 
 def test_other_layouts_are_refused(tmp_path):

@@ -1,6 +1,5 @@
 """NYU Depth v2 and the embedded world's depth as linear probes: layout, augmentation, scores, a run from end to end."""
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -10,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backbone_cases import random_model
-from dense_probe_cases import PIXELS, recipe, see_pixels, stacked, write_nyu
+from dense_probe_cases import PIXELS, depth_augmentation, recipe, see_pixels, stacked, write_nyu
 from PIL import Image
 
 from omnistream_jax.data.errors import DataError
+from omnistream_jax.data.probes import nyuv2 as layout
 from omnistream_jax.data.probes.colours import DEVIATION, MEAN
-from omnistream_jax.data.probes.depth import DepthAugmentation, DepthData, rotate
+from omnistream_jax.data.probes.depth import DepthData, rotate
 from omnistream_jax.data.probes.nyuv2 import open_nyuv2
 from omnistream_jax.evals.probes import nyuv2
 from omnistream_jax.ops.images import IMAGENET_MEAN, IMAGENET_STD
@@ -24,9 +24,6 @@ from omnistream_jax.probe import probe
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZE = (48, 64)
-NOTHING = DepthAugmentation(
-    fixed_crop=(), crop=(), rotation_probability=0.0, flip_probability=0.0, colour_probability=0.0
-)
 
 
 def small(root, **fields):
@@ -48,6 +45,14 @@ def test_pictures_come_in_the_order_of_their_sorted_lines_in_metres(tmp_path):
     np.testing.assert_allclose(depth[0][known], frames[0, ..., 0][known] * 0.04, rtol=1e-6)
     assert not known[-1, 0]
     assert images.settings()["images"] == 4
+    assert not images.settings()["complete"]
+
+
+def test_as_many_pictures_as_are_published_are_complete_whatever_is_allowed(tmp_path, monkeypatch):
+    root = write_nyu(tmp_path)
+    monkeypatch.setattr(layout, "COUNTS", {"train": 4, "test": 3})
+    for incomplete in (True, False):
+        assert open_nyuv2(root, "test", size=SIZE, incomplete=incomplete).settings()["complete"]
 
 
 def test_other_counts_than_the_published_ones_are_refused(tmp_path):
@@ -91,12 +96,14 @@ def published(seed=0):
     return np.stack([red, red, red], -1), red.astype(np.float32) / 10
 
 
-def test_the_defaults_are_the_protocols_crop_and_keep_depth_on_its_pixels():
+def test_the_protocols_crops_keep_depth_on_its_pixels():
     frames, depth = published()
     rng = np.random.default_rng(0)
+    crops = {"fixed_crop": (43, 45, 608, 472), "crop": (416, 544)}
+    augmentation = depth_augmentation(**crops, rotation_probability=0.5, flip_probability=0.5)
     seen = []
     for _ in range(8):
-        pixels, target = dataclasses.replace(DepthAugmentation(), colour_probability=0.0).apply(rng, frames, depth, "")
+        pixels, target = augmentation.apply(rng, frames, depth, "")
         assert pixels.shape == (1, 416, 544, 3)
         assert target.shape == (1, 416, 544)
         assert (pixels.dtype, target.dtype) == (np.float32, np.float32)
@@ -110,17 +117,15 @@ def test_the_defaults_are_the_protocols_crop_and_keep_depth_on_its_pixels():
 
 def test_the_fixed_crop_is_the_published_one():
     frames, depth = published()
-    _, target = dataclasses.replace(NOTHING, fixed_crop=(43, 45, 608, 472)).apply(
-        np.random.default_rng(0), frames, depth, ""
-    )
+    augmentation = depth_augmentation(fixed_crop=(43, 45, 608, 472))
+    _, target = augmentation.apply(np.random.default_rng(0), frames, depth, "")
     np.testing.assert_array_equal(target, depth[:, 45:472, 43:608])
 
 
 def test_colours_are_raised_to_gamma_on_the_scale_of_255():
     frames, depth = published()
-    changed = dataclasses.replace(
-        NOTHING, colour_probability=1.0, gamma=(0.95, 0.95), brightness=(1.2, 1.2), colour=(0.9, 0.9)
-    )
+    factors = {"gamma": (0.95, 0.95), "brightness": (1.2, 1.2), "colour": (0.9, 0.9)}
+    changed = depth_augmentation(colour_probability=1.0, **factors)
     pixels, _ = changed.apply(np.random.default_rng(0), frames, depth, "")
     expected = np.clip(frames.astype(np.float64) ** 0.95 * 1.2 * 0.9, 0, 255) / 255
     np.testing.assert_allclose(pixels * DEVIATION + MEAN, expected, atol=1e-6)
@@ -128,10 +133,10 @@ def test_colours_are_raised_to_gamma_on_the_scale_of_255():
 
 def test_nothing_random_leaves_the_view_of_the_validation():
     frames, depth = published()
-    pixels, target = NOTHING.apply(np.random.default_rng(0), frames, depth, "")
+    pixels, target = depth_augmentation().apply(np.random.default_rng(0), frames, depth, "")
     np.testing.assert_allclose(pixels, (frames / 255 - IMAGENET_MEAN) / IMAGENET_STD, atol=1e-6)
     np.testing.assert_array_equal(target, depth)
-    flipped = dataclasses.replace(NOTHING, flip_probability=1.0).apply(np.random.default_rng(0), frames, depth, "")
+    flipped = depth_augmentation(flip_probability=1.0).apply(np.random.default_rng(0), frames, depth, "")
     np.testing.assert_array_equal(flipped[1], depth[:, :, ::-1])
     np.testing.assert_allclose(flipped[0], pixels[:, :, ::-1])
 
@@ -147,13 +152,13 @@ def test_rotation_is_about_the_centre():
 
 def test_augmentation_refuses_what_cannot_be():
     with pytest.raises(DataError, match="gamma: "):
-        DepthAugmentation(gamma=(1.1, 0.9))
+        depth_augmentation(gamma=(1.1, 0.9))
     with pytest.raises(DataError, match="fixed_crop: "):
-        DepthAugmentation(fixed_crop=(43, 45, 700, 472))
+        depth_augmentation(fixed_crop=(43, 45, 700, 472))
     with pytest.raises(DataError, match="rotation_probability: "):
-        DepthAugmentation(rotation_probability=1.5)
+        depth_augmentation(rotation_probability=1.5)
     with pytest.raises(DataError, match=r"picture.png: 64 x 48 pixels to crop 544 x 416 of"):
-        dataclasses.replace(NOTHING, crop=(416, 544)).apply(
+        depth_augmentation(crop=(416, 544)).apply(
             np.random.default_rng(0),
             np.zeros((1, 48, 64, 3), np.uint8),
             np.ones((1, 48, 64), np.float32),
@@ -163,7 +168,8 @@ def test_augmentation_refuses_what_cannot_be():
 
 def test_training_batches_are_a_matter_of_seed_and_step(tmp_path):
     images = open_nyuv2(write_nyu(tmp_path), "train", size=SIZE, incomplete=True)
-    data = DepthData((images,), 2, augmentation=DepthAugmentation(crop=(32, 48)))
+    changes = {"crop": (32, 48), "flip_probability": 0.5, "colour_probability": 0.5}
+    data = DepthData((images,), 2, augmentation=depth_augmentation(**changes))
     batch = data.dataset(0, 0, 1)[3]
     assert batch["frames"].shape == (2, 1, 32, 48, 3)
     assert batch["depth"].shape == (2, 1, 32, 48)
@@ -227,13 +233,6 @@ def test_flipping_averages_both_views_and_the_other_score_stays(tmp_path):
     assert plain["rmse"] == pytest.approx(score["rmse_one_view"], rel=1e-6)
     assert plain["rmse"] > 1.3 * score["rmse"]
     assert set(plain) == {"rmse", "abs_rel", "a1"}
-
-
-def test_presets_are_the_papers_and_dinov3s():
-    paper, dinov3 = recipe("nyuv2"), recipe("nyuv2", preset="dinov3")
-    assert (paper.learning_rates, dinov3.learning_rates) == ((1e-3,), (3e-4,))
-    assert (paper.steps, paper.batch, paper.warmup_steps, paper.bins) == (38_400, 16, 12_800, 256)
-    assert paper.augmentation.to_dict() == dataclasses.asdict(DepthAugmentation())
 
 
 @pytest.mark.parametrize(

@@ -7,50 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from protocol_formulas import ade20k_rate, imagenet_rate, nyuv2_beta1, nyuv2_rate, vjepa2_rate
 
 from omnistream_jax.evals.probes.base import Heads
 from omnistream_jax.evals.probes.optimizers import AdamW, Sgd
-from omnistream_jax.evals.probes.schedules import Cosine, WarmupOneCycle
-
-# The protocols' formulas, written apart (../shared/EVAL_PROTOCOLS.md, sections 3 and 4).
-
-
-def imagenet_rate(i):
-    return (1 + math.cos(math.pi * i / 12_500)) / 2
-
-
-def nyuv2_rate(i, peak=3e-4):
-    total, warmup = 38_400, 12_800
-    if i < warmup:
-        return peak / 1000 + peak * (1 + math.cos(math.pi * i / total)) / 2 * i / warmup
-    low = peak / 25_000
-    return low + (peak - low) * (1 + math.cos(math.pi * (i + 1) / total)) / 2
-
-
-def nyuv2_beta1(i):
-    if i < 12_800:
-        return 0.0
-    return 0.95 + (0.85 - 0.95) / 2 * (1 + math.cos(math.pi * (i - 12_800) / (38_400 - 12_800)))
-
-
-def ade20k_rate(step, peak=1e-3):
-    i = 0 if step == 0 else step - 1  # the scheduler stands still after the very first step
-    if i < 1_500:
-        k = (1 - i / 1_500) * (1 - 1e-6)
-        return peak * (1 - k) * (1 - i / 40_000)
-    return peak * (1 + math.cos(math.pi * (i + 1) / 40_000)) / 2
-
-
-def vjepa2_rate(step, steps=20 * 964):
-    return 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
-
+from omnistream_jax.evals.probes.schedules import Cosine, OneCycleBeta, WarmupOneCycle
 
 SCHEDULES = {
     "imagenet": (Cosine(12_500), imagenet_rate, 12_500),
-    "nyuv2": (WarmupOneCycle(38_400, 12_800), lambda i: nyuv2_rate(i) / 3e-4, 38_400),
+    "nyuv2": (WarmupOneCycle(38_400, 12_800, end_divisor=25_000, start_divisor=1_000), nyuv2_rate, 38_400),
     "ade20k": (
         WarmupOneCycle(40_000, 1_500, end_divisor=math.inf, warmup_ratio=1e-6, lag=1),
-        lambda i: ade20k_rate(i) / 1e-3,
+        ade20k_rate,
         40_000,
     ),
     "vjepa2": (Cosine(20 * 964, lead=1), vjepa2_rate, 20 * 964),
@@ -83,9 +51,9 @@ def test_vjepa2_ends_with_a_step_that_changes_nothing():
 
 
 def test_beta1_of_nyuv2_is_zero_during_warmup_then_rises():
-    schedule = WarmupOneCycle(38_400, 12_800)
+    beta1 = OneCycleBeta(38_400, 12_800, (0.85, 0.95))
     places = [0, 1, 6_400, 12_798, 12_799, 12_800, 12_801, 20_000, 30_000, 38_399]
-    actual = [float(schedule.first_beta(place)) for place in places]
+    actual = [float(beta1(place)) for place in places]
     np.testing.assert_allclose(actual, [nyuv2_beta1(place) for place in places], rtol=1e-6)
 
 
@@ -100,9 +68,10 @@ def test_linear_warmup():
         (lambda: Cosine(0), "steps: expected 1 or more"),
         (lambda: Cosine(10, warmup_steps=11), "warmup_steps: expected 0 to 10"),
         (lambda: Cosine(10, lead=2), "lead: expected 0 or 1"),
-        (lambda: WarmupOneCycle(10, 2, lag=3), "lag: expected 0 or 1"),
-        (lambda: WarmupOneCycle(10, 2, start_divisor=0.0), "start_divisor: expected 1 or more"),
-        (lambda: WarmupOneCycle(10, 2, beta1=(0.5, 1.0)), "beta1: expected two values"),
+        (lambda: WarmupOneCycle(10, 2, 10.0, lag=3), "lag: expected 0 or 1"),
+        (lambda: WarmupOneCycle(10, 2, 0.5), "end_divisor: expected 1 or more"),
+        (lambda: WarmupOneCycle(10, 2, 10.0, start_divisor=0.0), "start_divisor: expected 1 or more"),
+        (lambda: OneCycleBeta(10, 2, (0.5, 1.0)), "beta1: expected two values"),
         (lambda: Sgd(1.0), "momentum: expected 0 to 1"),
         (lambda: AdamW(beta2=1.0), "beta2: expected 0 to 1"),
         (lambda: AdamW(clip_norm=-1.0), "clip_norm: expected 0 or more"),
@@ -183,12 +152,12 @@ def test_adamw_equals_optax(clip):
 def test_adamw_with_a_beta_of_the_step():
     """PyTorch's rule in float64: the correction takes the present beta to the power of the count."""
     params, gradients = random_trees(7)
-    beta = WarmupOneCycle(7, 3)
+    beta = OneCycleBeta(7, 3, (0.85, 0.95))
     value, mean, square = np.float64(params["kernel"]), 0.0, 0.0
     for step, tree in enumerate(gradients):
-        gradient, b1 = np.float64(tree["kernel"]), float(beta.first_beta(step))
+        gradient, b1 = np.float64(tree["kernel"]), float(beta(step))
         mean, square = b1 * mean + (1 - b1) * gradient, 0.99 * square + 0.01 * gradient**2
         value = value * (1 - 0.1 * 0.2)
         value -= 0.1 * (mean / (1 - b1 ** (step + 1))) / (np.sqrt(square / (1 - 0.99 ** (step + 1))) + 1e-8)
-    actual = run(AdamW(beta.first_beta, 0.99), params, gradients, [0.1] * 7, 0.2)
+    actual = run(AdamW(beta, 0.99), params, gradients, [0.1] * 7, 0.2)
     np.testing.assert_allclose(actual["kernel"], value, rtol=1e-5)

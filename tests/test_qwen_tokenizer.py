@@ -48,7 +48,8 @@ def _texts(per_row, max_tokens):
         for batch in (next(pipeline)["caption"] for _ in range(steps)):
             assert not batch["cut"].any()
             for row, number in np.ndindex(batch["record"].shape):
-                mine = batch["segment"][row] == number + 1
+                mine = batch["segment"][row] == 100 * (number + 1) + 1
+                assert mine.any()
                 tokens, learned = (batch["tokens"][row][part] for part in (mine, mine & batch["target_mask"][row]))
                 found[int(batch["record"][row, number])] = (tokens.tolist(), learned.tolist())
         assert pipeline.skipped == {}
@@ -75,6 +76,16 @@ def test_text_is_what_the_published_template_makes_of_it(qwen, rows):
         assert tokens == [*prompt, *learned]
         assert load_chat(TOKENIZER).prompt(asked) == tuple(prompt)
         assert learned[-1] == qwen.eos_token_id
+
+
+def test_the_template_that_is_saved_is_the_published_one_without_thinking(qwen, tmp_path):
+    load_chat(TOKENIZER).save(str(tmp_path))
+    ours = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    asked, said = ({"role": "user", "content": "Where {is} it?\n"}, {"role": "assistant", "content": "There."})
+    for talk in ([asked], [asked, said], [asked, said, asked], [{"role": "system", "content": "Be brief."}, asked]):
+        options = {"tokenize": False, "add_generation_prompt": talk[-1]["role"] == "user"}
+        expected = qwen.apply_chat_template(talk, enable_thinking=False, **options)
+        assert ours.apply_chat_template(talk, **options) == expected
 
 
 def test_boxes_come_back_from_tokens(qwen, rows):

@@ -4,6 +4,7 @@ import json
 import types
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from mesh_cases import collectives, largest_difference, run_program
@@ -127,6 +128,32 @@ def test_a_mesh_that_a_slice_cannot_have_is_an_error_of_the_mesh(monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", refuse)
     with pytest.raises(ValueError, match=r"^mesh: Failed to find assignment for logical_axis_index 1$"):
         sharding.make_mesh()
+
+
+def devices_of(*processes):
+    return np.array([types.SimpleNamespace(process_index=index) for index in processes])
+
+
+def test_a_tensor_axis_across_processes_is_refused_however_the_slice_orders_its_devices(monkeypatch):
+    sizes = {"data": 2, "fsdp": 1, "tensor": 2}
+
+    def order(*processes):
+        mesh = types.SimpleNamespace(devices=devices_of(*processes).reshape(2, 1, 2))
+        monkeypatch.setattr(jax, "make_mesh", lambda *_, **__: mesh)
+        return sharding.lay_out(sizes, devices_of(0, 0, 1, 1)) is mesh
+
+    assert order(1, 1, 0, 0)
+    with pytest.raises(ValueError, match=r"mesh.tensor: expected devices of one process, but 2 .* processes \[0, 1\]"):
+        order(0, 1, 0, 1)
+
+
+def test_a_batch_is_refused_where_the_devices_do_not_hold_a_share_for_each_process(monkeypatch):
+    mesh, rows = sharding.make_mesh(data=1), {"x": np.zeros((4, 3), np.float32), "y": np.arange(4)}
+    batch = sharding.global_batch(rows, mesh)
+    assert {name: array.shape for name, array in batch.items()} == {"x": (4, 3), "y": (4,)}
+    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"\(8, 3\)"):
+        sharding.global_batch(rows, mesh)
 
 
 def test_a_batch_that_does_not_split_is_refused_by_its_field(monkeypatch):

@@ -191,6 +191,14 @@ def test_a_run_that_saved_nothing_does_not_bind_the_next_config(tmp_path):
     assert (tmp_path / "model" / "config.json").exists()
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_still_binds_the_next_config(tmp_path):
+    config_lib.remember(small_config(), tmp_path)
+    (tmp_path / "checkpoints" / "3.bad").mkdir(parents=True)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints, pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        train_lib._remember(small_config(seed=1), tmp_path, checkpoints)
+    config_lib.remember(small_config(), tmp_path)
+
+
 def test_every_weight_zero_is_refused():
     with pytest.raises(ConfigError, match="every weight is 0"):
         train_lib.build(small_config(tasks__image_ssl__weight=0.0, tasks__clip_ssl__weight=0.0))

@@ -1,5 +1,6 @@
 """What a run tells while it runs: its speed and where the time goes, its programs' memory, profiles, pictures."""
 
+import errno
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fault_cases import toy_config, train_toy
 from training_cases import small_config
 
 from omnistream_jax import train as train_lib
@@ -195,6 +197,15 @@ def test_programs_are_told_in_a_table_and_kept(tmp_path):
     assert kept["jax"] == jax.__version__
 
 
+def test_programs_whose_listing_the_disk_refuses_are_run(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(train_lib, "write_programs", refuse)
+    train_toy(toy_config(steps=3), tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] == 3
+
+
 # Profiles
 
 
@@ -231,6 +242,18 @@ def test_a_signal_asks_for_a_profile(tmp_path):
     assert len(traces(tmp_path)) == 1, "what is recorded at the end ends there"
     assert said[1].startswith("profile of steps 2 to 3: ")
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_each_of_several_processes_has_a_folder_for_its_profiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        said = []
+        with Profiler(tmp_path, start=1, steps=1, say=said.append) as profiler:
+            profiler.before(1)
+        assert len(traces(tmp_path / f"process_{index}")) == 1
+        assert f"--logdir {tmp_path};" in said[-1], "which shows those of all"
+    assert traces(tmp_path) == []
 
 
 def test_a_profile_that_cannot_start_stops_nothing(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from world_cases import assert_reprojects
 
+from omnistream_jax.data.boxes import parse_boxes, without_boxes
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.ssl import SelfSupervisedData
 from omnistream_jax.data.world import MOTIONS, WorldCaptions, WorldClips, WorldVideos
@@ -337,6 +338,32 @@ def test_phrases_stand_in_the_text_and_boxes_in_the_picture():
     again = WorldCaptions("train", 60).read(17)
     np.testing.assert_array_equal(again.image, source.read(17).image)
     assert again.answer == source.read(17).answer
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_texts_of_a_picture_tell_of_the_same_things(split):
+    source, located, counted = WorldCaptions(split, 24, size=64), 0, set()
+    for index in range(24):
+        record = source.read(index)
+        tasks = [source.task(index), *(task for task in source.TASKS if task != source.task(index))]
+        texts = dict(zip(tasks, [(record.instruction, record.answer), *record.others], strict=True))
+        assert list(texts) == tasks
+        told = parse_boxes(texts["ground"][1])
+        boxes = {box.phrase: box.corners for box in told}
+        assert set(boxes) <= {noun(thing) for thing in source.scene(index).things}
+        assert texts["describe"][1].startswith(f"{NUMBERS[len(told)].capitalize()} thing")
+        assert without_boxes(texts["ground"][1]).startswith(texts["describe"][1].split(".")[0])
+        if source.task(index) in ("describe", "ground"):  # their boxes do not come from a text
+            np.testing.assert_allclose([box.corners for box in told], record.boxes, atol=0.0006)
+        asked, answer = texts["locate"]
+        phrase = without_boxes(asked.removeprefix("Give the box of ")).rstrip(".")
+        assert [box.corners for box in parse_boxes(answer)] == [boxes[phrase]]
+        located += len(boxes) > 1
+        if texts["ask"][0].startswith("How many"):
+            assert texts["ask"][1] == NUMBERS[len(told)]
+        counted.add(len(told))
+    assert located > 12, "of one thing alone any box is the right one"
+    assert len(counted) > 1
 
 
 def test_answers_are_true(clips):

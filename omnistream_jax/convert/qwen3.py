@@ -29,6 +29,7 @@ _FIELDS = (
     ("rms_norm_eps", "norm_eps", 1e-6),
     ("tie_word_embeddings", "tied", False),
 )
+_MAX_LENGTH = 40_960  # tokens of a row, as in the released config.json
 _STORAGE = ("float32", "bfloat16", "float16")
 
 
@@ -141,6 +142,7 @@ def _write_config(config: Qwen3Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "use_sliding_window": False,
+        "max_position_embeddings": _MAX_LENGTH,
         # What transformers 4 and 5 read.
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},

@@ -13,6 +13,7 @@ another (multi-annotated images; Deitke et al. 2024, "Molmo and PixMo").
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from omnistream_jax.data.boxes import move_boxes
+from omnistream_jax.data.boxes import malformed_boxes, move_boxes
 from omnistream_jax.data.chat import EMBEDDED, Turn, control_tokens, load_chat
 from omnistream_jax.data.errors import DataError, because, require_field
 from omnistream_jax.data.mixture import MixtureData
@@ -45,7 +46,8 @@ class CaptionData(MixtureData[CaptionSource]):
         nothing of its answer.
       captions_per_row: K, records of a row.
       texts_per_image: the most texts about an image: its record's own, and others of it, drawn anew in every pass
-        (`CaptionedImage.others`); a record that has fewer gives all of them, but for those that do not fit.
+        (`CaptionedImage.others`); a record that has fewer gives all of them. Others that do not fit, or whose text
+        cannot be used, stay out: `CaptionBatch` says how many texts each image has.
       size: S, side of the square in pixels.
     """
 
@@ -60,8 +62,9 @@ class CaptionData(MixtureData[CaptionSource]):
         require_field(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         fits = 1 <= self.captions_per_row <= self.max_tokens
         require_field(fits, "captions_per_row", self.captions_per_row, f"1 to max_tokens ({self.max_tokens})")
-        fits = 1 <= self.texts_per_image < SHARED
-        require_field(fits, "texts_per_image", self.texts_per_image, f"1 to {SHARED - 1}")
+        most = min(SHARED - 1, self.max_tokens // self.captions_per_row)
+        expected = f"1 to {most} (less than {SHARED}, and at most max_tokens / captions_per_row)"
+        require_field(1 <= self.texts_per_image <= most, "texts_per_image", self.texts_per_image, expected)
         require_field(self.size >= 1, "size", self.size, "1 or more")
         load_chat(self.tokenizer)
 
@@ -75,16 +78,16 @@ class CaptionData(MixtureData[CaptionSource]):
         with because("image or caption cannot be read"):
             sample = source.read(index)
         with because("text cannot be used"):
-            check_text(sample)
             image, shown = letterbox(sample.image, self.size)
             turns = self._turns(sample, shown, rng)
         return {"image": image, "turns": turns}
 
     def _turns(self, sample: CaptionedImage, shown: tuple[float, float], rng: np.random.Generator) -> list[Turn]:
-        """A record's own text and others about its image as tokens; others of which nothing would be left stay out."""
+        """A record's own text and others about its image as tokens; others that cannot be used or fit stay out."""
         chat, assured = load_chat(self.tokenizer), self.max_tokens // (self.captions_per_row * self.texts_per_image)
 
         def turn(instruction: str, answer: str) -> Turn:
+            _check_text(instruction, answer, sample.path)
             return chat.turn(move_boxes(instruction, shown), move_boxes(answer, shown), sample.path)
 
         own = turn(sample.instruction, sample.answer)
@@ -97,8 +100,9 @@ class CaptionData(MixtureData[CaptionSource]):
         for place in rng.permutation(len(sample.others)) if self.texts_per_image > 1 else ():
             if len(turns) == self.texts_per_image:
                 break
-            other = turn(*sample.others[place])
-            turns += [other] if chat.shorten(other, assured).answer else []
+            with contextlib.suppress(DataError):  # no reason to refuse the record; the batch's `texts` tells it
+                other = turn(*sample.others[place])
+                turns += [other] if chat.shorten(other, assured).answer else []
         return turns
 
     def _join(self, samples: grain.MapDataset) -> grain.MapDataset:
@@ -112,12 +116,20 @@ class CaptionData(MixtureData[CaptionSource]):
 
 
 def check_text(sample: CaptionedImage) -> None:
-    """Raises DataError for an answer with no text, and for text with control tokens, which would fake a turn."""
-    for instruction, answer in ((sample.instruction, sample.answer), *sample.others):
-        if not answer.strip():
-            raise DataError(f"{sample.path}: its caption has no text", reason="caption has no text")
-        if found := control_tokens(instruction + " " + answer):
-            raise DataError(f"{sample.path}: its text holds {', '.join(found)}", reason="text holds control tokens")
+    """Raises DataError where a record's own text cannot be learned; what else it tells is left out if it is bad.
+
+    An answer with no text cannot, nor can control tokens, which would fake a turn, or a box that is not written as one.
+    """
+    _check_text(sample.instruction, sample.answer, sample.path)
+
+
+def _check_text(instruction: str, answer: str, path: str) -> None:
+    if not answer.strip():
+        raise DataError(f"{path}: its caption has no text", reason="caption has no text")
+    if found := control_tokens(instruction + " " + answer):
+        raise DataError(f"{path}: its text holds {', '.join(found)}", reason="text holds control tokens")
+    if malformed_boxes(instruction) or malformed_boxes(answer):
+        raise DataError(f"{path}: its text holds a box that is not written as one", reason="box is none")
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, float]]:

@@ -37,6 +37,18 @@ THINK_START, THINK_END = "<think>", "</think>"
 PROMPT = (
     f"{TURN_START}user\n{{}}{TURN_END}\n{TURN_START}assistant\n{THINK_START}\n\n{THINK_END}\n\n"  # of an instruction
 )
+TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.last %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}"""
+"""PROMPT for `transformers` (Jinja), and for talks of several turns: Qwen3's template without thinking and tools."""
 CONTROL = re.compile(r"<\|\w+\|>|</?think>")
 """Tokens that mean something to the decoder."""
 PADDING = 0
@@ -123,15 +135,18 @@ class Chat:
         return StreamDecoder(self)
 
     def save(self, directory: str) -> None:
-        """Writes `tokenizer.json`, and what has `transformers.AutoTokenizer` read that one as it is, into a directory.
+        """Writes what lets `transformers` talk with a decoder of these tokens into the decoder's directory.
 
-        Without the second, a config.json there that says Qwen3 would have it compose accents (NFC) whatever the first
-        says. `load_chat` of the directory or of `tokenizer.json` in it gives the same tokens as this.
+        `tokenizer.json`; `tokenizer_config.json`, with the template of a talk, and without which a config.json there
+        that says Qwen3 would have the tokenizer compose accents (NFC) whatever the first says; and
+        `generation_config.json`, with the tokens that end an answer. `load_chat` of the directory or of
+        `tokenizer.json` in it gives the same tokens as this.
         """
         with written_aside(os.path.join(directory, "tokenizer.json")) as aside:
             aside.write_text(self._tokenizer.to_str() + "\n", encoding="utf-8")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": TURN_END}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": TURN_END, "chat_template": TEMPLATE}
         write_json(os.path.join(directory, "tokenizer_config.json"), settings)
+        write_json(os.path.join(directory, "generation_config.json"), {"eos_token_id": list(self.stops)})
 
     def turn(self, instruction: str, answer: str, path: str) -> Turn:
         """Both texts as tokens. Raises DataError, naming the caption `path`, for an answer of none."""
@@ -178,6 +193,7 @@ class Chat:
         row["tokens"] = np.full(max_tokens, PADDING, np.int32)
         row["target_mask"] = np.zeros(max_tokens, bool)
         row["cut"] = np.zeros(len(turns), bool)
+        row["texts"] = np.array([len(some) for some in turns], np.int32)
         placed = [(image, text, turn) for image, some in enumerate(turns) for text, turn in enumerate(some, start=1)]
         given = shares([turn.length for *_, turn in placed], max_tokens)
         start = 0

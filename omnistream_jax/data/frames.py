@@ -22,7 +22,7 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.images import read_image
 from omnistream_jax.data.items import Item, image_files
 from omnistream_jax.data.orientation import orientation_of
-from omnistream_jax.data.video import MAX_PIXELS
+from omnistream_jax.data.video import MAX_PIXELS, PROBING
 
 RESIZE_MODES = ("stretch", "crop")
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same bits on any CPU
@@ -154,7 +154,7 @@ def _image_frames(folder: str, rate: float) -> Iterator[TimedFrame]:
 
 def _video_frames(path: str) -> Iterator[TimedFrame]:
     try:
-        container = av.open(path)
+        container = av.open(path, options=PROBING)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such video file") from None
     except (av.FFmpegError, OSError, ValueError) as error:

@@ -24,7 +24,7 @@ import numpy as np
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.frames import FrameOptions, FrameResizer, decode_item
 from omnistream_jax.data.items import Item
-from omnistream_jax.data.video import MAX_PIXELS
+from omnistream_jax.data.video import MAX_PIXELS, PROBING
 
 _AHEAD = 4  # frames that wait for the caller where none are dropped
 _LARGEST_GAP = 10.0  # seconds between two stamps of a live source; beyond it, its clock is taken to have been set anew
@@ -266,7 +266,7 @@ class LiveReader:
 def _open(source: Source, timeout: float) -> Iterator[Any]:
     """The source as a container of PyAV that has a video stream; DataError if it is none."""
     started = time.monotonic()
-    options = {"rtsp_transport": "tcp"} if source.address.startswith("rtsp") else {}
+    options = PROBING | ({"rtsp_transport": "tcp"} if source.address.startswith("rtsp") else {})
     if source.kind == "camera":
         options |= {"fflags": "nobuffer", "flags": "low_delay"}
     try:

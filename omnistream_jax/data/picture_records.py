@@ -1,7 +1,8 @@
 """The records of prepared images and captions: a picture's file and what is known of it (data/record_bytes.py).
 
     image      header {"format", "source", "name", "label", "label_name"}
-    caption    header {"format", "source", "name", "instruction", "answer", "phrases", "path"}, boxes float32 [N, 4]
+    caption    header {"format", "source", "name", "instruction", "answer", "phrases", "path", "others"}, boxes float32
+               [N, 4]; "others" is null where they are implied, and missing in shards of before there were any
 
 both with picture uint8 [...], a file of any format that data/images.py reads. Boxes are shares of width and height.
 """
@@ -9,6 +10,7 @@ both with picture uint8 [...], a file of any format that data/images.py reads. B
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,7 @@ class CaptionRecord:
       phrases: N texts.
       path: of the picture's file, below the folder of the published layout.
       picture: its file.
+      others: (instruction, answer) of each; None: those that `readers.captions.implied_texts` makes of the record.
     """
 
     source: str
@@ -57,6 +60,7 @@ class CaptionRecord:
     phrases: tuple[str, ...]
     path: str
     picture: bytes
+    others: tuple[tuple[str, str], ...] | None = None
 
 
 def encode_image(record: ImageRecord) -> bytes:
@@ -82,13 +86,11 @@ def encode_caption(record: CaptionRecord) -> bytes:
 
 def decode_caption(data: bytes, where: str) -> CaptionRecord:
     """Reads a record; nothing is decoded yet. Raises DataError, naming `where`, for bytes that are none."""
-    return unpack(
-        data,
-        where,
-        "a prepared caption",
-        lambda header, tensors: CaptionRecord(
-            **header | {"phrases": tuple(header["phrases"])},
-            boxes=tensors["boxes"],
-            picture=tensors["picture"].tobytes(),
-        ),
-    )
+
+    def make(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> CaptionRecord:
+        header["phrases"] = tuple(header["phrases"])
+        if (others := header.pop("others", None)) is not None:
+            header["others"] = tuple((instruction, answer) for instruction, answer in others)
+        return CaptionRecord(**header, boxes=tensors["boxes"], picture=tensors["picture"].tobytes())
+
+    return unpack(data, where, "a prepared caption", make)

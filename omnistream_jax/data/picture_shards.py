@@ -1,10 +1,11 @@
 """Images and captions written as ArrayRecord shards; `shard_output.py` says which files there are.
 
-A record (data/picture_records.py) is one picture, for captions with its instruction, answer and boxes as the reader of
-the published layout gives them: no reader draws them at random. Pictures keep the bytes of their published file, of
-whatever format, unless they are larger than was asked for and so encoded again; the embedded world's, which have no
-file, are stored as PNG. Each is decoded, and its text checked as training does: what fails is left out and counted. No
-byte depends on timing, workers, the place of the source, or earlier runs that were killed.
+A record (data/picture_records.py) is one picture, for captions with its instruction, answer and boxes, and what else is
+told about it, as the reader of the published layout gives them: no reader draws them at random. Pictures keep the bytes
+of their published file, of whatever format, unless they are larger than was asked for and so encoded again; the
+embedded world's, which have no file, are stored as PNG. Each is decoded, and its text checked as training does: what
+fails is left out and counted. No byte depends on timing, workers, the place of the source, or earlier runs that were
+killed.
 
 What is in the shards is told record by record and not in the index: there may be millions.
 """
@@ -22,8 +23,10 @@ from omnistream_jax.data.command import UsageError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.picture_files import check_reader, picture_file
 from omnistream_jax.data.picture_records import CaptionRecord, ImageRecord, encode_caption, encode_image
+from omnistream_jax.data.readers.captions import Prompt, implied_texts
 from omnistream_jax.data.record_shards import Encode, Encoded, WriteRecords, label_of
 from omnistream_jax.data.records import ImageOptions, image_file, scaled_image
+from omnistream_jax.data.schema import CaptionedImage
 from omnistream_jax.data.shard_index import CAPTIONS, IMAGES
 from omnistream_jax.data.shard_output import SourceSettings, keep_names, opened_output, write_index, write_missing
 from omnistream_jax.data.source_check import NamedSource, read_caption
@@ -134,10 +137,17 @@ class _EncodeCaption:
             answer=sample.answer,
             boxes=sample.boxes,
             phrases=sample.phrases,
+            others=_told_others(sample),
             path=self.source.relative(sample.path),
             picture=_stored(sample.image, picture_file(reader, index, sample.path), self.options, sample.path),
         )
         return Encoded(encode_caption(record))
+
+
+def _told_others(sample: CaptionedImage) -> tuple[tuple[str, str], ...] | None:
+    """What a record has to tell of `others`: None where its own text implies them."""
+    implied = implied_texts(Prompt(sample.instruction, sample.answer, sample.boxes, sample.phrases))
+    return None if sample.others == tuple(implied) else sample.others
 
 
 def _stored(image: np.ndarray, published: bytes | None, options: ImageOptions, path: str) -> bytes:

@@ -98,7 +98,7 @@ class CaptionedImage:
 
 
 class SelfSupervisedBatch(TypedDict):
-    """One step's batch of image or video self-supervision (SPEC 4).
+    """One step's batch of image or video self-supervision.
 
     Keys:
       global_crops: uint8 [B, 2, T, S, S, 3].
@@ -117,7 +117,7 @@ class SelfSupervisedBatch(TypedDict):
 
 
 class PosedBatch(TypedDict):
-    """One step's batch of posed RGB-D clips (SPEC 5). Cropped and resized without changing the pixels' proportions.
+    """One step's batch of posed RGB-D clips. Cropped and resized without changing the pixels' proportions.
 
     Keys:
       frames: uint8 [B, T, H, W, 3].
@@ -147,7 +147,7 @@ class PosedBatch(TypedDict):
 
 
 class CaptionBatch(TypedDict):
-    """One step's batch of captioned images (SPEC 6): rows of L tokens, in each the texts about K images.
+    """One step's batch of captioned images: rows of L tokens, in each the texts about K images.
 
     Texts of a row have nothing to do with each other, also where they are about one image: a token may see its own
     image and the tokens before it in its own text. Every image has one text or more, in the order of the images.
@@ -161,6 +161,7 @@ class CaptionBatch(TypedDict):
       position: int32 [B, L], of a token in its text, from 0 on; 0 in padding.
       target_mask: bool [B, L], tokens to be learned: the answers and the tokens that end them.
       cut: bool [B, K], an answer about the image was too long: its end is missing.
+      texts: int32 [B, K], how many texts are about the image.
       record: int64 [B, K], as in SelfSupervisedBatch.
     """
 
@@ -170,4 +171,5 @@ class CaptionBatch(TypedDict):
     position: np.ndarray
     target_mask: np.ndarray
     cut: np.ndarray
+    texts: np.ndarray
     record: np.ndarray

@@ -22,6 +22,8 @@ from omnistream_jax.data.orientation import orientation_of
 
 MAX_PIXELS = 64_000_000
 """Largest frame (height x width) that is decoded."""
+PROBING = {"max_pixels": str(MAX_PIXELS)}
+"""Options of `av.open`, which may decode a frame to learn what it is, of any size if nothing is said."""
 
 
 _SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same bits on any CPU
@@ -59,7 +61,8 @@ class VideoReader:
         self.path = os.fspath(path)
         try:
             # What lies in archives came from anywhere: a text that names other files to play is no video.
-            self._container = av.open(self.path) if file is None else av.open(file, options=_PLAIN_CONTAINERS)
+            source, options = (self.path, PROBING) if file is None else (file, PROBING | _PLAIN_CONTAINERS)
+            self._container = av.open(source, options=options)
         except FileNotFoundError:
             raise DataError(f"{self.path}: there is no such video file", reason="file is missing") from None
         except (av.FFmpegError, OSError) as error:

@@ -100,19 +100,16 @@ def region_similarity(prediction: np.ndarray, truth: np.ndarray, void: np.ndarra
     return float(np.count_nonzero(prediction & truth & known) / union) if union else 1.0
 
 
-def boundary_accuracy(
-    prediction: np.ndarray, truth: np.ndarray, void: np.ndarray | None = None, tolerance: float = _TOLERANCE
-) -> float:
+def boundary_accuracy(prediction: np.ndarray, truth: np.ndarray, void: np.ndarray | None = None) -> float:
     """F: the harmonic mean of precision and recall of the boundary's pixels.
 
     Precision is the share of the prediction's boundary pixels with one of the truth in reach, recall the other way
-    round. In reach is a disk of radius ceil(tolerance * diagonal) pixels. Where one mask has no boundary F is 0, where
-    both have none it is 1.
+    round. In reach is a disk of radius ceil(0.008 * diagonal) pixels. Where one mask has no boundary F is 0, where both
+    have none it is 1.
 
     Args:
       prediction, truth: masks, bool [H, W].
       void: bool [H, W], pixels that belong to neither.
-      tolerance: share of the diagonal.
     """
     if void is not None:
         prediction, truth = prediction & ~void, truth & ~void
@@ -120,7 +117,7 @@ def boundary_accuracy(
     predicted_count, true_count = np.count_nonzero(predicted), np.count_nonzero(true)
     if not (predicted_count and true_count):
         return float(predicted_count == true_count)
-    disk = _disk(int(np.ceil(tolerance * np.linalg.norm(truth.shape))))
+    disk = _disk(int(np.ceil(_TOLERANCE * np.linalg.norm(truth.shape))))
     precision = np.count_nonzero(predicted & _dilated(true, disk)) / predicted_count
     recall = np.count_nonzero(true & _dilated(predicted, disk)) / true_count
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0

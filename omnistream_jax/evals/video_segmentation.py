@@ -93,7 +93,7 @@ class FeatureReader:
         "frame": every frame is encoded alone, as an image model does.
       window, sinks: as for `Model.open_stream`; a window of None sees the whole video. Frames alone have none.
       time_unit: frames per unit of time; None takes the model's own. Frames alone have none.
-      frames_per_step: frames that go to the device at once; the result does not depend on it.
+      frames_per_step: frames that go to the device at once; the result depends on it by rounding alone.
 
     Raises:
       ValueError: a field that does not fit, named.

@@ -3,15 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+_MEAN_WEIGHT = 0.15  # of the squared mean
+_EPSILON = 1e-3  # added to both depths
+
 
 def sig_loss(
-    prediction: jax.Array,
-    target: jax.Array,
-    valid: jax.Array,
-    *,
-    with_variance: bool | jax.Array = True,
-    mean_weight: float = 0.15,
-    epsilon: float = 1e-3,
+    prediction: jax.Array, target: jax.Array, valid: jax.Array, *, with_variance: bool | jax.Array = True
 ) -> jax.Array:
     """sqrt(var(g) + 0.15 mean(g)^2) over the valid pixels, g = log(p + 1e-3) - log(t + 1e-3); the variance unbiased.
 
@@ -22,8 +19,6 @@ def sig_loss(
         target: [...], true depth; no gradient flows into it.
         valid: bool [...], which pixels count; what lies elsewhere may be anything.
         with_variance: whether the variance counts; may be traced.
-        mean_weight: of the squared mean.
-        epsilon: added to both depths.
 
     Returns:
         float32 scalar, of gradient 0 where it is 0: a perfect prediction, or nothing that is valid.
@@ -38,12 +33,12 @@ def sig_loss(
         )
     predicted = jnp.where(valid, prediction.astype(jnp.float32), 1.0)
     true = jnp.where(valid, jax.lax.stop_gradient(target.astype(jnp.float32)), 1.0)
-    ratio = jnp.log(predicted + epsilon) - jnp.log(true + epsilon)  # 0 where nothing is valid
+    ratio = jnp.log(predicted + _EPSILON) - jnp.log(true + _EPSILON)  # 0 where nothing is valid
     count = jnp.sum(valid).astype(jnp.float32)
     mean = jnp.sum(ratio) / jnp.maximum(count, 1)
     deviation = jnp.where(valid, ratio - mean, 0.0)
     variance = jnp.sum(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
-    squared = jnp.where(with_variance, variance, 0.0) + mean_weight * jnp.square(mean)
+    squared = jnp.where(with_variance, variance, 0.0) + _MEAN_WEIGHT * jnp.square(mean)
     # The root's own gradient is infinite at 0.
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)

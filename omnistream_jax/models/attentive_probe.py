@@ -43,8 +43,8 @@ class AttentiveProbe(nn.Module):
     """
 
     classes: int
-    heads: int = 16
-    depth: int = 4
+    heads: int
+    depth: int
     hidden: int | None = None
     norm_epsilon: float = 1e-5
     remat: bool = True

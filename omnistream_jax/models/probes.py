@@ -88,9 +88,9 @@ class LinearDepth(nn.Module):
         max_depth: metres, > min_depth.
     """
 
-    bins: int = 256
-    min_depth: float = 0.001
-    max_depth: float = 10.0
+    bins: int
+    min_depth: float
+    max_depth: float
 
     @nn.compact
     def __call__(self, patches: jax.Array, train: bool) -> jax.Array:
@@ -110,8 +110,8 @@ class LinearSegmentation(nn.Module):
         dropout: share of an image's channels that are zeroed in training (PyTorch's Dropout2d).
     """
 
-    classes: int = 150
-    dropout: float = 0.1
+    classes: int
+    dropout: float
 
     @nn.compact
     def __call__(self, patches: jax.Array, train: bool) -> jax.Array:

@@ -1,11 +1,16 @@
 """The projector: visual tokens as the decoder's inputs."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
+
+PROJECTOR, DECODER = "projector", "decoder"
+"""The names of the two in the parameters of a training run and of a language model."""
 
 
 class Projector(nn.Module):
@@ -29,3 +34,9 @@ class Projector(nn.Module):
         """Maps visual tokens [..., backbone's width] to [..., width]."""
         dense = partial(nn.Dense, self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02))
         return dense(name="mlp_1")(nn.gelu(dense(name="mlp_0")(tokens), approximate=False))
+
+
+@partial(jax.jit, static_argnums=0)
+def project(projector: Projector, params: Mapping[str, Any], patches: jax.Array) -> jax.Array:
+    """Patches [B, T, h, w, backbone's width] as visual tokens [B, T h w, width], frame by frame."""
+    return projector.apply({"params": params}, patches.reshape(len(patches), -1, patches.shape[-1]))

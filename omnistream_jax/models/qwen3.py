@@ -1,4 +1,4 @@
-"""Qwen3, the decoder (SPEC 6; Yang et al. 2025, "Qwen3 Technical Report", and its released code).
+"""Qwen3, the decoder (Yang et al. 2025, "Qwen3 Technical Report", and its released code).
 
 Letters: B rows, L tokens of a row, D width, H query heads and K key-value heads of width W, V vocabulary, N blocks,
 C slots of a cache.
@@ -237,8 +237,9 @@ class Qwen3(nn.Module):
             embeddings: [B, L, D], of text (`embed`) or of anything else.
             positions: int32 [B, L], of each token in its own text, for the rotation.
             segments: int32 [B, L]: a token sees the tokens of its own number at its own place in the row or before
-                it, and those of its image (utils/segments.py). 0 is padding: nothing else sees it, and its output is
-                finite and means nothing.
+                it. Numbers 1 to 99 stand alone; from 100 on 100 k is an image and 100 k + t a text that sees it too
+                (utils/segments.py): number independent texts below 100, or as 100 k. 0 is padding: nothing else sees
+                it, and its output is finite and means nothing.
             cache: what stands before these tokens in their rows, and room for them.
 
         Returns:

@@ -85,7 +85,7 @@ def segment_attention(
     """A decoder's attention: causal within segments, its query heads in groups that share keys and values.
 
     A query sees a key that stands at its own place in the row or before it, and is of its own segment, or of the image
-    that its segment is about: 100 is that of 101 and 102 (utils/segments.py).
+    that its segment is about: 100 is that of 101 and 102 (utils/segments.py). Numbers below 100 stand alone.
 
         segment    100 101 101 102 200   0
         100          x   .   .   .   .   .

@@ -49,7 +49,9 @@ def nucleus(probabilities: jax.Array, top_p: jax.Array | float) -> jax.Array:
 
     low = jnp.zeros((*probabilities.shape[:-1], 1), jnp.int32)
     low, _ = jax.lax.fori_loop(0, 30, halve, (low, jnp.full_like(low, _ONE + 1)))
-    return probabilities >= jax.lax.bitcast_convert_type(low, jnp.float32)
+    last = jax.lax.bitcast_convert_type(low, jnp.float32)
+    # A top_p that float32 rounds to 0 is reached by no token at all: the likeliest stays.
+    return probabilities >= jnp.minimum(last, probabilities.max(-1, keepdims=True))
 
 
 def _mass_from(probabilities: jax.Array, bits: jax.Array) -> jax.Array:

@@ -22,14 +22,13 @@ from omnistream_jax.data.captions import CaptionData
 from omnistream_jax.losses.language import language_loss
 from omnistream_jax.losses.means import Mean
 from omnistream_jax.models.backbone import Backbone
-from omnistream_jax.models.projector import Projector
+from omnistream_jax.models.projector import DECODER, PROJECTOR, Projector
 from omnistream_jax.models.qwen3 import Qwen3, init_decoder, output_matrix
 from omnistream_jax.sharding import batch_shards
 from omnistream_jax.tasks.task import Params, Teachers
 from omnistream_jax.utils.segments import SHARED
 from omnistream_jax.utils.trees import leaf_name
 
-PROJECTOR, DECODER = "projector", "decoder"
 _KERNEL_STD = 0.02  # of both modules' own initialisation
 
 
@@ -72,8 +71,8 @@ class CaptionTask:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The mean cross-entropy of the answers' tokens; see `Task.loss` and `data/schema.py:CaptionBatch`.
 
-        Metrics: "caption", the same; "token_accuracy", the share of these tokens that are the likeliest ones; and
-        "answers_cut", the share of the images with an answer that was longer than its room.
+        Metrics: "caption", the same; "token_accuracy", the share of these tokens that are the likeliest ones;
+        "answers_cut", the share of the images with an answer that was longer than its room; and "texts_per_image".
         """
         tokens, segment = batch["tokens"], batch["segment"]
         hidden = self._hidden(params, self._visual_tokens(params, batch["image"]), tokens, segment, batch["position"])
@@ -85,14 +84,15 @@ class CaptionTask:
             chunk=self.chunk,
             shards=batch_shards(),
         )
-        return loss, {"caption": loss, "token_accuracy": accuracy, "answers_cut": batch["cut"].mean()}
+        images = {"answers_cut": batch["cut"].mean(), "texts_per_image": batch["texts"].mean()}
+        return loss, {"caption": loss, "token_accuracy": accuracy, **images}
 
     def means(
         self, params: Params, teachers: Teachers, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> dict[str, list[Mean]]:
         """The loss and its metrics as means, over the answers' tokens or over the images; see `Task.means`."""
         loss, metrics = self.loss(params, teachers, batch, key)
-        counts = {"answers_cut": batch["cut"].size}
+        counts = {"answers_cut": batch["cut"].size, "texts_per_image": batch["texts"].size}
         learned = _learned(batch).sum()
 
         def mean(name: str, value: jax.Array) -> list[Mean]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
@@ -18,6 +19,30 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+
+
+def shared_message(message: str | None) -> str | None:
+    """The message of the first process that has one, in every process; None where none has. All call it together.
+
+    It names the process, unless all have one.
+    """
+    if jax.process_count() == 1:
+        return message
+    text = np.frombuffer((message or "").encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(text)])).ravel()
+    if not sizes.any():
+        return None
+    texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text))))
+    first = int(np.flatnonzero(sizes)[0])
+    told = texts[first, : sizes[first]].tobytes().decode()
+    return told if sizes.all() else f"process {first}: {told}"
+
+
+@logging.skip_log_prefix
+def warn(message: str, *values: object) -> None:
+    """Logs a warning about what every process knows, in process 0 alone."""
+    if jax.process_index() == 0:
+        logging.warning(message, *values)
 
 
 def from_first_process(function: Callable[[], Any], errors: tuple[type[Exception], ...] = ()) -> Any:

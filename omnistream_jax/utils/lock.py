@@ -1,5 +1,6 @@
 """One process per working directory: two writers would delete each other's checkpoints."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,7 +17,8 @@ class WorkdirLock:
     ends.
 
     Makes the directory where it is missing. Raises WorkdirLockedError at once where another process holds the
-    lock, and OSError, naming the file, where the directory cannot be made or its file system knows no locks.
+    lock, and OSError, naming the file, where the directory cannot be made, its disk is full or its file system knows
+    no locks.
     """
 
     def __init__(self, workdir: str | os.PathLike):
@@ -24,11 +26,19 @@ class WorkdirLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+")
         try:
+            self._take()
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # as a full disk told already
+                self._file.close()
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise
+
+    def _take(self) -> None:
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = self._holder()
-            self._file.close()
-            raise WorkdirLockedError(f"working directory {self.path.parent} is in use by {holder}") from None
+            raise WorkdirLockedError(f"working directory {self.path.parent} is in use by {self._holder()}") from None
         self._file.truncate(0)
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
         self._file.flush()

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -46,9 +46,9 @@ class MetricsWriter:
         self._total_steps, self._terminal_names = total_steps, terminal_names
         self._terminal = terminal or sys.stdout
         self._times: deque[tuple[int, float]] = deque([(restored_step, time.monotonic())], maxlen=_RATE_WRITES)
-        path = Path(workdir) / "metrics.jsonl"
-        _truncate(path, restored_step)
-        self._lines = path.open("ab", buffering=0)
+        self._path = Path(workdir) / "metrics.jsonl"
+        _keep_rows(self._path, lambda row: restored_step > 0 and row["step"] <= restored_step)
+        self._lines = self._path.open("ab", buffering=0)
         self._board = Board(Path(workdir) / "tensorboard", purge_step=restored_step + 1 if restored_step else 0)
 
     def write(self, step: int, values: Mapping[str, float], speed: Speed | None = None) -> None:
@@ -63,6 +63,14 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
         self._terminal.write(self._progress(step, values, speed) + "\n")
         self._terminal.flush()
+
+    def write_again(self, step: int, values: Mapping[str, float]) -> None:
+        """As `write`, in place of what has the same step and names: the scores of a finished run that is run again."""
+        names = {"step", *values}
+        _keep_rows(self._path, lambda row: row["step"] != step or row.keys() != names)
+        self._lines.close()
+        self._lines = self._path.open("ab", buffering=0)
+        self.write(step, values)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture for TensorBoard: uint8 [height, width, 3]. Raises ValueError for any other array."""
@@ -124,11 +132,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float | None]]:
     return rows
 
 
-def _truncate(path: Path, restored_step: int) -> None:
-    """Takes the steps past `restored_step` (0: all), and a last line that was cut, out; whole, or not at all."""
+def _keep_rows(path: Path, keep: Callable[[Mapping[str, float | None]], bool]) -> None:
+    """Takes the other rows, and a last line that was cut, out of a metrics.jsonl; whole, or not at all."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if restored_step and row["step"] <= restored_step]
+    kept = [row for row in read_metrics(path) if keep(row)]
     with written_aside(path) as aside:
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
 

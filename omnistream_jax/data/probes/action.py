@@ -59,7 +59,7 @@ class ActionSource(Protocol):
         """The S clips of a video, one after the other: uint8 [T, H, W, 3]. Raises DataError that names the file."""
 
     def settings(self) -> dict[str, Any]:
-        """JSON values: where they come from and how many there are."""
+        """JSON values: where they come from, how many there are, and "complete", as of `evals.probes.base`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +70,13 @@ class ActionVideos:
       videos: where they lie, and their labels.
       classes: names of those that are there; all numbers where no names are published.
       folder: of the data set.
-      expected: how many videos are published, None where nobody says.
+      expected: how many videos and classes are published.
     """
 
     videos: LabelledVideos
     classes: tuple[str, ...]
     folder: str
-    expected: int | None = None
+    expected: tuple[int, int]
 
     @property
     def name(self) -> str:
@@ -102,8 +102,9 @@ class ActionVideos:
 
     def settings(self) -> dict[str, Any]:
         """As `ActionSource.settings`."""
-        counts = {"videos": len(self), "missing": self.videos.missing, "expected_videos": self.expected}
-        return {"name": self.name, "folder": self.folder, "classes": len(self.classes), **counts}
+        counts = {"videos": len(self), "missing": self.videos.missing, "expected_videos": self.expected[0]}
+        counts |= {"classes": len(self.classes), "complete": _found(self.videos) == self.expected}
+        return {"name": self.name, "folder": self.folder, **counts}
 
 
 def open_action_videos(
@@ -115,8 +116,8 @@ def open_action_videos(
       folder: of the data set.
       dataset: "k400" or "ssv2".
       split: "train" or "val".
-      classes: how many; labels are below it.
-      allow_incomplete: accept another number of videos, and fewer classes, than are published.
+      classes: how many a head tells apart; labels are below it.
+      allow_incomplete: accept other numbers of videos and classes than are published; `settings` says so.
 
     Raises:
       DataError: the layout is another, a label is out of range, or the counts are not the published ones.
@@ -133,17 +134,17 @@ def open_action_videos(
         videos = open_ssv2(folder, {"val": "validation"}.get(split, split))
     where = listing if listing.exists() else folder
     _check_labels(videos, classes, where)
-    expected = EXPECTED[dataset][split] if classes == CLASSES[dataset] else None
-    found = len(set(videos.label_ids))
-    wrong = (expected is not None and len(videos) != expected) or found != classes
-    if wrong and not allow_incomplete:
-        count = "" if expected is None else f"{expected:,} videos of "
-        raise DataError(
-            f"{where}: {len(videos):,} videos of {found} classes, expected {count}{classes} classes; "
-            "allow_incomplete=True takes them as they are"
-        )
+    found, expected = _found(videos), (EXPECTED[dataset][split], CLASSES[dataset])
+    if found != expected and not allow_incomplete:
+        counts = [f"{videos:,} videos of {classes} classes" for videos, classes in (found, expected)]
+        raise DataError(f"{where}: {counts[0]}, expected {counts[1]}; allow_incomplete=True takes them as they are")
     names = videos.labels or tuple(map(str, range(classes)))
     return ActionVideos(videos, names, str(folder), expected)
+
+
+def _found(videos: LabelledVideos) -> tuple[int, int]:
+    """How many videos and classes there are."""
+    return len(videos), len(set(videos.label_ids))
 
 
 def _check_labels(videos: LabelledVideos, classes: int, where: Path) -> None:
@@ -181,8 +182,8 @@ class ActionData(MixtureData[ActionSource]):
       shuffle_frames: whether the frames of each clip come in a random order.
     """
 
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    view: TrainingView = dataclasses.field(default_factory=TrainingView)
+    sampling: Sampling = dataclasses.field(kw_only=True)
+    view: TrainingView = dataclasses.field(kw_only=True)
     shuffle_frames: bool = False
 
     def _sample(self, place: int, index: int, rng: np.random.Generator) -> dict[str, Any]:

@@ -78,9 +78,11 @@ class AdeImages:
         return picture, labels
 
     def settings(self) -> dict[str, Any]:
-        """JSON values: folder and counts."""
+        """JSON values: folder, counts, and whether all pictures are there ("complete")."""
         names = f"ADE20K_object150_{self.split}.txt" if self.listed else f"images/{FOLDERS[self.split]}"
-        return {"root": str(self.root), "list": names, "images": len(self), "expected_images": COUNTS[self.split]}
+        expected = COUNTS[self.split]
+        counts = {"images": len(self), "expected_images": expected, "complete": len(self) == expected}
+        return {"root": str(self.root), "list": names, **counts}
 
 
 def open_ade20k(root: str | Path, split: str, *, incomplete: bool = False) -> AdeImages:
@@ -148,7 +150,7 @@ def short_side_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class AdeAugmentation:
-    """What changes at random in training, in this order; the defaults are DINOv3's.
+    """What changes at random in training, in this order.
 
     Attributes:
       short_side: of the resized picture, in pixels, before `scale`.
@@ -164,12 +166,12 @@ class AdeAugmentation:
       DataError: a field does not fit; the message names it.
     """
 
-    short_side: int = 512
-    scale: tuple[float, float] = (0.5, 2.0)
-    crop: int = 512
-    category_ratio: float = 0.75
-    flip_probability: float = 0.5
-    distortion: bool = True
+    short_side: int
+    scale: tuple[float, float]
+    crop: int
+    category_ratio: float
+    flip_probability: float
+    distortion: bool
 
     def __post_init__(self):
         fits = len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1]
@@ -284,7 +286,7 @@ class AdeData(MixtureData[AdeImages]):
       augmentation: of each sample.
     """
 
-    augmentation: AdeAugmentation = dataclasses.field(default_factory=AdeAugmentation)
+    augmentation: AdeAugmentation = dataclasses.field(kw_only=True)
 
     def _sample(self, place: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
         picture, labels = self.augmentation.apply(rng, *self.sources[place].read(index))
@@ -301,7 +303,7 @@ class AdeView:
     """
 
     source: AdeImages
-    short_side: int = 512
+    short_side: int
 
     def __len__(self) -> int:
         return len(self.source)

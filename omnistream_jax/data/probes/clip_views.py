@@ -1,4 +1,4 @@
-"""Which frames of a video a probe of actions sees, and how they are cut: V-JEPA 2's evaluations (EVAL_PROTOCOLS 4).
+"""Which frames of a video a probe of actions sees, and how they are cut: V-JEPA 2's evaluations.
 
 S: segments of a video, each a clip of T frames; V: spatial views of each.
 """
@@ -32,10 +32,10 @@ class Sampling:
       DataError: a field is out of range.
     """
 
-    segments: int = 2
-    frames: int = 16
-    stride: int = 4
-    window: str = "random"
+    segments: int
+    frames: int
+    stride: int
+    window: str
 
     def __post_init__(self):
         for name in ("segments", "frames", "stride"):
@@ -87,8 +87,8 @@ class SpatialViews:
       DataError: a field is out of range.
     """
 
-    size: int = 256
-    views: int = 3
+    size: int
+    views: int
     short_side: int = 0
 
     def __post_init__(self):
@@ -147,11 +147,11 @@ class TrainingView:
       DataError: a field is out of range.
     """
 
-    size: int = 256
-    rand_augment: RandAugment | None = dataclasses.field(default_factory=RandAugment)
-    scale: tuple[float, float] = (0.08, 1.0)
-    flip_probability: float = 0.0
-    erase_probability: float = 0.25
+    size: int
+    rand_augment: RandAugment | None
+    scale: tuple[float, float]
+    flip_probability: float
+    erase_probability: float
 
     def __post_init__(self):
         require_field(self.size >= 1, "size", self.size, "1 or more")

@@ -15,8 +15,6 @@ from omnistream_jax.data.mixture import MixtureData
 from omnistream_jax.data.opencv import cv2
 from omnistream_jax.data.probes.colours import DEVIATION, MEAN
 
-NYU_CROP = (43, 45, 608, 472)
-
 
 class DepthSource(Protocol):
     """Frames with their depth, by number."""
@@ -33,12 +31,12 @@ class DepthSource(Protocol):
         """uint8 [T, H, W, 3], and float32 [T, H, W] in metres, 0 where it is not known. Raises DataError."""
 
     def settings(self) -> dict[str, Any]:
-        """JSON values: where the samples come from, and how many."""
+        """JSON values: where the samples come from, how many, and "complete", as of `evals.probes.base`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthAugmentation:
-    """What changes at random in training, in this order; the defaults are DINOv3's on NYU Depth v2.
+    """What changes at random in training, in this order.
 
     Attributes:
       fixed_crop: (left, top, right, bottom) of a 640 x 480 picture, scaled to others and rounded down; () cuts nothing.
@@ -56,16 +54,16 @@ class DepthAugmentation:
       DataError: a field does not fit; the message names it.
     """
 
-    fixed_crop: tuple[int, ...] = NYU_CROP
-    rotation: float = 2.5
-    rotation_probability: float = 0.5
-    flip_probability: float = 0.5
-    crop: tuple[int, ...] = (416, 544)
-    colour_probability: float = 0.5
-    gamma: tuple[float, float] = (0.9, 1.1)
-    gamma_scale: float = 255.0
-    brightness: tuple[float, float] = (0.75, 1.25)
-    colour: tuple[float, float] = (0.9, 1.1)
+    fixed_crop: tuple[int, ...]
+    rotation: float
+    rotation_probability: float
+    flip_probability: float
+    crop: tuple[int, ...]
+    colour_probability: float
+    gamma: tuple[float, float]
+    gamma_scale: float
+    brightness: tuple[float, float]
+    colour: tuple[float, float]
 
     def __post_init__(self):
         for name in ("rotation_probability", "flip_probability", "colour_probability"):
@@ -149,7 +147,7 @@ class DepthData(MixtureData[DepthSource]):
       augmentation: of each sample.
     """
 
-    augmentation: DepthAugmentation = dataclasses.field(default_factory=DepthAugmentation)
+    augmentation: DepthAugmentation = dataclasses.field(kw_only=True)
 
     def _sample(self, place: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
         source = self.sources[place]

@@ -42,7 +42,7 @@ class LabelledSource(Protocol):
         """A picture, uint8 [H, W, 3], and its place in `classes`. Raises DataError that names the file."""
 
     def settings(self) -> dict[str, Any]:
-        """JSON values: where they come from and how many there are."""
+        """JSON values: where they come from, how many there are, and "complete", as of `evals.probes.base`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,14 @@ class LabelledImages:
       classes: names of the folders in it, by the alphabet.
       paths: of the files, from `folder` on.
       labels: the class of each.
+      expected: how many files and classes are published; None where nobody says.
     """
 
     folder: Path
     classes: tuple[str, ...]
     paths: tuple[str, ...]
     labels: tuple[int, ...]
+    expected: tuple[int, int] | None
 
     @property
     def name(self) -> str:
@@ -79,10 +81,14 @@ class LabelledImages:
 
     def settings(self) -> dict[str, Any]:
         """As `LabelledSource.settings`."""
-        return {"folder": str(self.folder), "images": len(self), "classes": len(self.classes)}
+        found, expected = (len(self), len(self.classes)), self.expected
+        counts = {"images": found[0], "expected_images": expected and expected[0], "classes": found[1]}
+        return {"folder": str(self.folder), **counts, "complete": expected in (None, found)}
 
 
-def image_folder(folder: str | os.PathLike, split: str, classes: int, images: int | None) -> LabelledImages:
+def image_folder(
+    folder: str | os.PathLike, split: str, classes: int, images: int | None, incomplete: bool = False
+) -> LabelledImages:
     """One split of a data set in ImageFolder's layout; see the module.
 
     Args:
@@ -90,6 +96,7 @@ def image_folder(folder: str | os.PathLike, split: str, classes: int, images: in
       split: "train" or "val".
       classes: how many folders are expected.
       images: how many files are expected; None: any number, of at most `classes` classes.
+      incomplete: take any number, of at most `classes` classes; `settings` says whether they are complete.
 
     Raises:
       DataError: the layout is another, or the counts are not as expected; the message names the folder.
@@ -107,12 +114,13 @@ def image_folder(folder: str | os.PathLike, split: str, classes: int, images: in
             raise DataError(f"{root / name}: expected image files ({', '.join(IMAGE_SUFFIXES)}), found none")
         paths += [f"{name}/{file}" for file in files]
         labels += [label] * len(files)
-    fits = len(names) <= classes if images is None else (len(names), len(paths)) == (classes, images)
-    if not fits:
-        wanted = f"at most {classes:,} classes" if images is None else f"{images:,} images of {classes:,} classes"
-        hint = "" if images is None else "; allow_incomplete=True takes them as they are"
+    expected = None if images is None else (images, classes)
+    exact = images is not None and not incomplete
+    if (len(paths), len(names)) != expected if exact else len(names) > classes:
+        wanted = f"{images:,} images of {classes:,} classes" if exact else f"at most {classes:,} classes"
+        hint = "; allow_incomplete=True takes them as they are" if exact else ""
         raise DataError(f"{root}: {len(paths):,} images of {len(names):,} classes, expected {wanted}{hint}")
-    return LabelledImages(root, tuple(names), tuple(paths), tuple(labels))
+    return LabelledImages(root, tuple(names), tuple(paths), tuple(labels), expected)
 
 
 def check_same_classes(train: LabelledSource, validation: LabelledSource) -> None:
@@ -184,7 +192,7 @@ class WorldObjects:
 
     def settings(self) -> dict[str, Any]:
         """As `LabelledSource.settings`."""
-        return dataclasses.asdict(self) | {"images": len(self), "classes": len(self.classes)}
+        return dataclasses.asdict(self) | {"images": len(self), "classes": len(self.classes), "complete": True}
 
     def _side(self, one: Seen) -> float:
         left, top, right, bottom = one.box
@@ -206,7 +214,7 @@ class LabelledData(MixtureData[LabelledSource]):
       size: S, in pixels.
     """
 
-    size: int = 224
+    size: int = dataclasses.field(kw_only=True)
 
     def _sample(self, place: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
         with because("image cannot be decoded"):

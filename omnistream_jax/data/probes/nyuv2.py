@@ -74,8 +74,9 @@ class NyuImages:
         return picture[None], (depth.astype(np.float32) / UNITS_PER_METRE)[None]
 
     def settings(self) -> dict[str, Any]:
-        """JSON values: folder, list and counts."""
-        counts = {"images": len(self), "expected_images": COUNTS[self.split]}
+        """JSON values: folder, list, counts, and whether all pictures are there ("complete")."""
+        expected = COUNTS[self.split]
+        counts = {"images": len(self), "expected_images": expected, "complete": len(self) == expected}
         return {"root": str(self.root), "list": LISTS[self.split], "size": list(self.size), **counts}
 
 

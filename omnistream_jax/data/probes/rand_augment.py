@@ -96,9 +96,9 @@ class RandAugment:
       DataError: a field is out of range.
     """
 
-    magnitude: float = 7.0
-    operations: int = 4
-    deviation: float = 0.5
+    magnitude: float
+    operations: int
+    deviation: float
 
     def __post_init__(self):
         if not 0 <= self.magnitude <= HIGHEST or self.operations < 0 or not 0 <= self.deviation < math.inf:

@@ -38,8 +38,8 @@ class WorldDepth:
         return clip.images, clip.depth
 
     def settings(self) -> dict[str, Any]:
-        """JSON values: what determines the scenes."""
-        return {"world": dataclasses.asdict(self.clips)}
+        """JSON values: what determines the scenes, of which none can be missing."""
+        return {"world": dataclasses.asdict(self.clips), "complete": True}
 
 
 def open_world_depth(split: str, scenes: int, frames: int, size: int, seed: int) -> WorldDepth:

@@ -60,8 +60,9 @@ class WorldMotion:
         yield self.videos.clip(index).images
 
     def settings(self) -> dict[str, Any]:
-        """As `ActionSource.settings`."""
-        return {"world": dataclasses.asdict(self.videos), "videos": len(self), "classes": len(MOTIONS)}
+        """As `ActionSource.settings`; no scene can be missing."""
+        counts = {"videos": len(self), "classes": len(MOTIONS), "complete": True}
+        return {"world": dataclasses.asdict(self.videos), **counts}
 
 
 def open_world_motion(split: str, scenes: int, frames: int, size: int, seed: int) -> WorldMotion:

@@ -55,4 +55,5 @@ class PreparedCaptions:
         record = self.record(index)
         path = f"{self.describe(index)}: {record.path}"
         image = read_image(path, file=io.BytesIO(record.picture))
-        return Prompt(record.instruction, record.answer, record.boxes, record.phrases).with_image(image, path)
+        prompt = Prompt(record.instruction, record.answer, record.boxes, record.phrases)
+        return prompt.with_image(image, path, record.others)

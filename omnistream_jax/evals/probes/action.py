@@ -1,8 +1,9 @@
 """Classes of videos by an attentive probe, by V-JEPA 2's protocol (video_classification_frozen; OmniStream's Table 11).
 
-Each segment of a video is a clip, encoded as a stream of its own; the probe sees the patch tokens of all segments side
-by side, at training too, with no position added. Cross-entropy; a video's score is the mean of the softmax over its
-spatial views. All videos are counted exactly: V-JEPA 2 averages over batches, where a short last one weighs too much.
+Each segment of a video is a clip, encoded as a stream of its own, or frame by frame, as image models are; the probe
+sees the patch tokens of all segments side by side, at training too, with no position added. Cross-entropy; a video's
+score is the mean of the softmax over its spatial views. All videos are counted exactly: V-JEPA 2 averages over batches,
+where a short last one weighs too much.
 
 B: videos, S: segments, T: frames of a clip, V: views, C: classes, h x w: patches of a frame.
 """
@@ -41,6 +42,7 @@ from omnistream_jax.models.presets import BackboneConfig
 
 # what clip_views.py calls a field -> what the config does
 _FIELDS = {"window": "validation_window", "scale": "crop_scale"}
+FEATURES = ("clip", "frame")
 
 
 def video_tokens(encode: Encode, frames: jax.Array, segments: int) -> jax.Array:
@@ -83,7 +85,7 @@ class ActionProbe(Probe):
         validation_seed: draws the windows of held-out videos.
         evaluate_batch: videos scored at once.
         heads_at_once: heads that score side by side; 0: all.
-        best_evaluation: as of `Probe`.
+        best_evaluation, frames_alone: as of `Probe`.
     """
 
     heads: Heads
@@ -101,7 +103,8 @@ class ActionProbe(Probe):
     validation_seed: int
     evaluate_batch: int
     heads_at_once: int
-    best_evaluation: bool = False
+    best_evaluation: bool = dataclasses.field()  # without it, the value of `Probe` would be its default
+    frames_alone: bool = dataclasses.field()
     score: ClassVar[str] = "top1"
 
     def learning_rate_factor(self, step: jax.Array) -> jax.Array:
@@ -202,6 +205,10 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ActionProbe:
         raise ValueError(f"probe_heads: expected a divisor of the width {backbone.width}, got {config.probe_heads}")
     if config.probe_depth < 1:
         raise ValueError(f"probe_depth: expected 1 block or more, got {config.probe_depth}")
+    if config.features not in FEATURES:
+        raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {config.features!r}")
+    if config.features == "frame" and config.time_unit:
+        raise ValueError(f"time_unit: frames that are encoded alone have no time, got {config.time_unit}")
     try:
         sampling, views, view = _sampling(config), _views(config), _training_view(config)
     except DataError as error:  # nothing but fields can be wrong, which have longer names here
@@ -226,6 +233,7 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ActionProbe:
         evaluate_batch=config.evaluate_batch,
         heads_at_once=config.heads_at_once,
         best_evaluation=config.best_evaluation,
+        frames_alone=config.features == "frame",
     )
 
 
@@ -270,7 +278,7 @@ def _sources(config: ConfigDict) -> tuple[ActionSource, ActionSource]:
 
 def _sampling(config: ConfigDict) -> Sampling:
     if config.data == EMBEDDED:
-        return Sampling(segments=1, frames=config.frames, stride=1)
+        return Sampling(segments=1, frames=config.frames, stride=1, window="middle")
     return Sampling(config.segments, config.frames, config.stride, config.validation_window)
 
 

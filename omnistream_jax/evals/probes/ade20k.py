@@ -52,7 +52,7 @@ class SegmentationProbe(DenseProbe):
         window: side of the sliding window, in pixels.
         stride: from window to window, in pixels.
         loss_mean: "all": the sum over labelled pixels is divided by the number of all, as in DINOv3; "labelled".
-        best_evaluation: as of `Probe`; so in DINOv3.
+        best_evaluation: as of `Probe`.
     """
 
     head: LinearSegmentation
@@ -61,7 +61,7 @@ class SegmentationProbe(DenseProbe):
     window: int
     stride: int
     loss_mean: str
-    best_evaluation: bool = True
+    best_evaluation: bool = dataclasses.field()  # without it, the value of `Probe` would be its default
     score: ClassVar[str] = "miou"
 
     def loss(

@@ -113,7 +113,10 @@ class ValidationData(Protocol):
         """
 
     def settings(self) -> dict[str, Any]:
-        """JSON values for the results: the folder, the counts, and all by which these samples may differ."""
+        """JSON values for the results: the folder, the counts, and all by which these samples may differ.
+
+        "complete": whether these are as many samples as are published, so that scores may be compared.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Probe(abc.ABC):
         score: the metric by which the best head is chosen.
         higher_is_better: whether that is the head of the highest score, or of the lowest.
         best_evaluation: whether the protocol also takes the best of the evaluations during training, not the last.
+        frames_alone: whether the backbone sees each frame of a clip without those before it.
         optimizer: of a head.
     """
 
@@ -144,6 +148,7 @@ class Probe(abc.ABC):
     score: str
     higher_is_better: bool = True
     best_evaluation: bool = False
+    frames_alone: bool = False
     optimizer: HeadOptimizer
 
     @abc.abstractmethod
@@ -181,9 +186,12 @@ class Probe(abc.ABC):
     def train_data(self) -> TaskData:
         """Batches with "frames" [N, T, H, W, 3] and the targets [N, ...]."""
 
+    @abc.abstractmethod
     def train_settings(self) -> dict[str, Any]:
-        """JSON values for the results: where the training data come from, and their counts."""
-        return {}
+        """JSON values for the results: where the training data come from, their counts, and whether they are complete.
+
+        As `ValidationData.settings`.
+        """
 
     def train_samples(self) -> ValidationData | None:
         """The training set in the view of the validation, to be encoded once where `config.augment` is False.

@@ -58,12 +58,19 @@ class _Encoder:
     backbone: Backbone
     time_unit: float | None
     clips: int
+    frames_alone: bool
 
     def __call__(self, params: Any, frames: jax.Array) -> BackboneOutput:
         params = gathered(params)
 
-        def run(some: jax.Array) -> BackboneOutput:
+        def encode(some: jax.Array) -> BackboneOutput:
             return self.backbone.apply({"params": params}, some, layers=(), time_unit=self.time_unit)
+
+        def run(some: jax.Array) -> BackboneOutput:
+            if not self.frames_alone:
+                return encode(some)
+            out = encode(some.reshape(-1, 1, *some.shape[2:]))
+            return jax.tree.map(lambda leaf: leaf.reshape(*some.shape[:2], *leaf.shape[2:]), out)
 
         count = _pieces(frames.shape[0], self.clips, batch_shards())
         if count == 1:
@@ -72,7 +79,9 @@ class _Encoder:
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), out)
 
 
-def make_encode(model: Model, mesh: Mesh, *, time_unit: float | None = None, clips: int = 0) -> Encode:
+def make_encode(
+    model: Model, mesh: Mesh, *, time_unit: float | None = None, clips: int = 0, frames_alone: bool = False
+) -> Encode:
     """The frozen backbone on a mesh; see `base.Encode`.
 
     Args:
@@ -81,9 +90,11 @@ def make_encode(model: Model, mesh: Mesh, *, time_unit: float | None = None, cli
         time_unit: frames per unit of time; None takes the model's own.
         clips: that pass the backbone at once, over all devices, where they divide what comes in (else the next smaller
             number that does); 0: all of them.
+        frames_alone: each frame of a clip is encoded as a clip of its own, as an image model does; so many clips at
+            once all the same.
     """
     params = put_on_mesh(model.params, state_shardings(mesh, model.params))
-    return jax.tree_util.Partial(_Encoder(model.backbone, time_unit, clips), params)
+    return jax.tree_util.Partial(_Encoder(model.backbone, time_unit, clips, frames_alone), params)
 
 
 def _pieces(rows: int, at_once: int, shards: int) -> int:

@@ -163,7 +163,9 @@ def _sources(config: ConfigDict) -> tuple[LabelledSource, LabelledSource]:
             raise ValueError("data: the embedded world is the recipe world_objects's; expected a directory")
         fields = {name: config[name] for name in ("render_size", "margin", "smallest", "seed")}
         return WorldObjects("train", config.scenes, **fields), WorldObjects("heldout", config.heldout_scenes, **fields)
-    counts = {"train": None, "val": None} if config.allow_incomplete else IMAGENET_COUNTS
-    train, heldout = (image_folder(config.data, split, config.classes, counts[split]) for split in counts)
+    train, heldout = (
+        image_folder(config.data, split, config.classes, count, config.allow_incomplete)
+        for split, count in IMAGENET_COUNTS.items()
+    )
     check_same_classes(train, heldout)
     return train, heldout

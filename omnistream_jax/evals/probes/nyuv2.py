@@ -29,7 +29,7 @@ from omnistream_jax.evals.probes.dense import (
 )
 from omnistream_jax.evals.probes.dense_plots import DepthExample, plot_depth
 from omnistream_jax.evals.probes.optimizers import AdamW
-from omnistream_jax.evals.probes.schedules import WarmupOneCycle
+from omnistream_jax.evals.probes.schedules import OneCycleBeta, WarmupOneCycle
 from omnistream_jax.evals.probes.sweep_report import best_of
 from omnistream_jax.losses.sig import grouped_sig_loss
 from omnistream_jax.models.presets import BackboneConfig
@@ -173,12 +173,13 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> DepthProbe:
     if config.images_per_loss < 1 or config.batch % config.images_per_loss:
         raise ValueError(f"images_per_loss: expected a divisor of batch ({config.batch}), got {config.images_per_loss}")
     schedule = WarmupOneCycle(
-        config.steps, config.warmup_steps, config.start_divisor, config.end_divisor, beta1=tuple(config.beta1)
+        config.steps, config.warmup_steps, end_divisor=config.end_divisor, start_divisor=config.start_divisor
     )
+    beta1 = OneCycleBeta(config.steps, config.warmup_steps, tuple(config.beta1))
     train, heldout = _sources(config)
     return DepthProbe(
         heads=heads_of(config),
-        optimizer=AdamW(schedule.first_beta, config.beta2, clip_norm=config.clip_norm),
+        optimizer=AdamW(beta1, config.beta2, clip_norm=config.clip_norm),
         schedule=schedule,
         head=LinearDepth(config.bins, config.min_depth, config.max_depth),
         patch_size=backbone.patch_size,

@@ -23,7 +23,7 @@ class Sgd:
         momentum: of the sum of gradients.
     """
 
-    momentum: float = 0.9
+    momentum: float
 
     def __post_init__(self):
         if not 0 <= self.momentum < 1:

@@ -52,21 +52,19 @@ class WarmupOneCycle:
     Attributes:
         steps: T.
         warmup_steps: W.
-        start_divisor: the warm-up begins at 1 / start_divisor; of the first form only. 1,000 for NYUv2.
-        end_divisor: the end is 1 / end_divisor; 25,000 for NYUv2, infinity for ADE20K.
-        warmup_ratio: where the second form begins; 1e-6 for ADE20K, 0 for NYUv2.
+        end_divisor: the end is 1 / end_divisor; infinity for ADE20K.
+        start_divisor: the warm-up begins at 1 / start_divisor; of the first form only.
+        warmup_ratio: where the second form begins, as for ADE20K; 0 for NYUv2.
         lag: 1 where the scheduler does not move on after the very first step, as for ADE20K: its first two steps have
             the same learning rate.
-        beta1: (from, to) after the warm-up, along a cosine; 0 during it.
     """
 
     steps: int
     warmup_steps: int
-    start_divisor: float = 1_000.0
-    end_divisor: float = 25_000.0
+    end_divisor: float
+    start_divisor: float = math.inf
     warmup_ratio: float = 0.0
     lag: int = 0
-    beta1: tuple[float, float] = (0.85, 0.95)
 
     def __post_init__(self):
         _check(self.steps, self.warmup_steps)
@@ -77,29 +75,43 @@ class WarmupOneCycle:
             raise ValueError(f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
         if self.lag not in (0, 1):
             raise ValueError(f"lag: expected 0 or 1, got {self.lag}")
-        if len(self.beta1) != 2 or not all(0 <= value < 1 for value in self.beta1):
-            raise ValueError(f"beta1: expected two values of 0 to 1, got {self.beta1}")
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The factor at a step."""
-        place = self._place(step)
-        if self.warmup_ratio:
-            rising = place / max(self.warmup_steps, 1)  # 1 - (1 - j / W) (1 - ratio), without its rounding
+        place = jnp.maximum(jnp.asarray(step, jnp.float32) - self.lag, 0.0)
+        rising = place / max(self.warmup_steps, 1)
+        if self.warmup_ratio:  # 1 - (1 - j / W) (1 - ratio), without its rounding
             warmup = (rising + self.warmup_ratio * (1 - rising)) * (1 - place / self.steps)
         else:
-            rising = place / max(self.warmup_steps, 1)
             warmup = _half_cosine(1.0, 0.0, place / self.steps) * rising + 1 / self.start_divisor
         decay = _half_cosine(1.0, 1 / self.end_divisor, (place + 1) / self.steps)
         return jnp.where(place < self.warmup_steps, warmup, decay)
 
-    def first_beta(self, step: jax.Array | int) -> jax.Array:
-        """AdamW's first beta at a step."""
-        place = self._place(step)
+
+@dataclasses.dataclass(frozen=True)
+class OneCycleBeta:
+    """AdamW's first beta beside DINOv3's WarmupOneCycleLR, of its depth heads: 0, then half a cosine.
+
+    Attributes:
+        steps: T.
+        warmup_steps: W, during which it is 0.
+        beta1: (from, to) after the warm-up.
+    """
+
+    steps: int
+    warmup_steps: int
+    beta1: tuple[float, float]
+
+    def __post_init__(self):
+        _check(self.steps, self.warmup_steps)
+        if len(self.beta1) != 2 or not all(0 <= value < 1 for value in self.beta1):
+            raise ValueError(f"beta1: expected two values of 0 to 1, got {self.beta1}")
+
+    def __call__(self, step: jax.Array | int) -> jax.Array:
+        """The beta at a step."""
+        place = jnp.asarray(step, jnp.float32)
         progress = (place - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
         return jnp.where(place < self.warmup_steps, 0.0, _half_cosine(*self.beta1, progress))
-
-    def _place(self, step: jax.Array | int) -> jax.Array:
-        return jnp.maximum(jnp.asarray(step, jnp.float32) - self.lag, 0.0)
 
 
 def _half_cosine(start: float, end: float, share: jax.Array) -> jax.Array:
