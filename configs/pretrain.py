@@ -156,8 +156,9 @@ def _paper() -> ConfigDict:
     )
 
     # The decoder of captions. tokenizer: "embedded", or a directory, hub id or JSON file of one with Qwen3's
-    # chat tokens; "": that of init.decoder. decoder: tiny, 0.6b, 1.7b, ... (models/qwen3.py), and other sizes than the
-    # preset's where they are not 0; a vocabulary_size of 0 is the tokenizer's. kernel_std: standard deviation of the
+    # chat tokens; "": that of init.decoder. decoder: tiny, 0.6b, 1.7b, ... (models/qwen3.py), and other values than the
+    # preset's where they are not 0, or "auto" (tied: yes or no, whether logits are made with the embedding); a
+    # vocabulary_size of 0 is the tokenizer's. init.decoder must be of these. kernel_std: standard deviation of the
     # projector's kernels, and of the decoder's where it starts from scratch. chunk: tokens of a device whose logits are
     # held at once.
     config.language = ConfigDict(
@@ -172,6 +173,9 @@ def _paper() -> ConfigDict:
                 "kv_heads": 0,
                 "head_width": 0,
                 "hidden": 0,
+                "rope_theta": 0.0,
+                "norm_eps": 0.0,
+                "tied": "auto",
             },
             "kernel_std": 0.02,
             "chunk": 256,

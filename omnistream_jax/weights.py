@@ -13,7 +13,11 @@ from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.utils.trees import named_leaves
 
 # What arrays mean and their shapes do not tell, by part.
-_SAME_MEANING = {"backbone": ("model.rope", "model.time_unit"), "geometry": ("geometry.layers", "geometry.units")}
+_SAME_MEANING = {
+    "backbone": ("model.rope", "model.time_unit"),
+    "geometry": ("geometry.layers", "geometry.units"),
+    "decoder": ("language.decoder.rope_theta", "language.decoder.norm_eps"),
+}
 
 
 def taken_parts(config: ConfigDict, names: Sequence[str]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """L_cap: rows of several captions cost what the captions cost alone, and the backbone learns from them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,11 +12,12 @@ from scipy.special import erf, logsumexp
 from training_cases import small_config
 
 from omnistream_jax import train as train_lib
+from omnistream_jax.config import ConfigError
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.convert.qwen3 import save_decoder
 from omnistream_jax.data.chat import load_chat
 from omnistream_jax.models.projector import Projector
-from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config
+from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, init_decoder
 from omnistream_jax.optim import Optimizer, TeacherSchedule
 from omnistream_jax.step import init_state, make_accumulate, make_update
 from omnistream_jax.tasks.caption import CaptionTask
@@ -197,6 +199,22 @@ def test_the_decoder_and_its_tokenizer_are_read_from_a_directory(tmp_path):
     assert built.tasks[0].data.tokenizer == str(tmp_path)
     with pytest.raises(WeightsError, match=r"init.decoder does not fit(.|\n)*width: 32, the model has 48$"):
         train_lib.build(captions_only(init__decoder=str(tmp_path), language__decoder__width=48))
+
+
+def test_a_decoder_of_other_mathematics_is_taken_as_the_config_says_and_else_refused_by_name(tmp_path):
+    sizes = train_lib.build(captions_only()).tasks[0].decoder.config
+    config = dataclasses.replace(sizes, rope_theta=5e6, norm_eps=1e-5, tied=not sizes.tied)
+    params = jax.tree.map(np.asarray, jax.jit(lambda: init_decoder(Qwen3(config), jax.random.key(3)))())
+    save_decoder(tmp_path, config, params)
+    told = {"rope_theta": 5e6, "norm_eps": 1e-5, "tied": "yes" if config.tied else "no"}
+    fields = {f"language__decoder__{field}": value for field, value in told.items()}
+    built = train_lib.build(captions_only(init__decoder=str(tmp_path), **fields))
+    assert built.tasks[0].decoder.config == config
+    assert jax.tree.all(jax.tree.map(np.array_equal, built.state.params["decoder"], params))
+    with pytest.raises(WeightsError, match=r"rope_theta: 5000000.0, the model has 1000000.0"):
+        train_lib.build(captions_only(init__decoder=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"language.decoder.tied: expected auto, yes or no, got 'maybe'"):
+        train_lib.build(captions_only(language__decoder__tied="maybe"))
 
 
 def test_kernels_start_with_the_standard_deviation_that_the_config_says():

@@ -67,9 +67,11 @@ def _chat(config: ConfigDict) -> Chat:
 
 
 def _decoder_config(fields: ConfigDict, chat: Chat) -> Qwen3Config:
-    """The preset with the sizes that are not 0; a vocabulary of 0 is the tokenizer's."""
+    """The preset with the values that are not 0 or "auto"; a vocabulary of 0 is the tokenizer's."""
+    require(fields.tied in ("auto", "yes", "no"), "language.decoder.tied", fields.tied, "auto, yes or no")
     changes = {"vocabulary_size": chat.vocabulary_size}
-    changes |= {field: value for field, value in fields.items() if field != "preset" and value != 0}
+    changes |= {field: value for field, value in fields.items() if field not in ("preset", "tied") and value != 0}
+    changes |= {} if fields.tied == "auto" else {"tied": fields.tied == "yes"}
     try:
         config = decoder_preset(fields.preset, **changes)
     except ValueError as error:
