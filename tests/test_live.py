@@ -371,7 +371,7 @@ def test_a_file_without_pictures_is_one_clear_error(tmp_path):
 def test_rerun_is_needed_only_where_it_is_asked_for(config_for, tmp_path, monkeypatch, asked):
     monkeypatch.setitem(sys.modules, "rerun", None)
     monkeypatch.setenv("DISPLAY", ":0")
-    with pytest.raises(ConfigError, match=r"pip install -e \.\[viz\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[viz\]'"):
         live.stream(config_for(tmp_path / "out", **asked))
     live.build(config_for(tmp_path / "out", record=False))
 
