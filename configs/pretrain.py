@@ -30,8 +30,9 @@ What a run would need elsewhere, without data or the devices (docs/plans.md):
 
     --config.job=plan --config.topology=h100:64    or v5e:16x16, ...
 
-They train self-supervision, streaming geometry and vision-language alignment. A task of weight 0 is left out.
-Batches are split over all devices; running the same command again goes on from the last checkpoint.
+They train self-supervision, streaming geometry and vision-language alignment. A task of weight 0 is left out. The
+paper's batches are split over all devices, the others use one; running the same command again goes on from the last
+checkpoint.
 """
 
 from ml_collections import ConfigDict
@@ -374,7 +375,7 @@ def _learn_captions(config: ConfigDict) -> None:
     # With the backbone at full rate the decoder made no use of pictures in 2,500 such steps, at a twentieth it did.
     config.optimizer.update({"beta2": 0.99, "factors": (("backbone", 0.1), ("projector", 0.3))})
     config.language.decoder.depth = 2
-    # Several texts about a picture: as many answers with a picture each take twice the time.
+    # Several texts about a picture share the work on it.
     captions = {"batch_size": 4, "captions_per_row": 1, "texts_per_image": 4, "max_tokens": 288}
     config.tasks.caption.update({**captions, "size": 48, "weight": 1.0})
     config.log_every = 100

@@ -36,7 +36,7 @@ class Run:
         backbone: the student's module.
         tasks: what it is trained on.
         optimizer: how it is updated.
-        mesh: of all devices.
+        mesh: of the devices that it uses.
         initial: the backbone's parameters before the first step, in the host's memory.
         state: before the first step, laid out on the mesh.
     """

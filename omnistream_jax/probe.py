@@ -60,7 +60,7 @@ class Job:
         config: with its preset's values.
         settings: JSON values, all that the results depend on besides the data.
         probe: the protocol.
-        mesh: of all devices.
+        mesh: of the devices that it uses.
         encode: the frozen backbone on it.
     """
 
@@ -102,7 +102,7 @@ def probe(config: ConfigDict) -> int:
             "config": config_lib.to_plain(job.config),
             "settings": job.settings,
             "versions": versions(),
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
             "data": data,
             "score": job.probe.score,
             **report.content(heads),

@@ -133,8 +133,8 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def write_programs(path: Path, programs: Sequence[Program], flops: Mapping[str, float]) -> None:
-    """The same as JSON: {"device": ..., "jax": ..., "programs": {name: {"memory": bytes, ...}}}."""
+def write_programs(path: Path, programs: Sequence[Program], flops: Mapping[str, float], devices: int) -> None:
+    """The same as JSON: {"device": ..., "devices": ..., "jax": ..., "programs": {name: {"memory": bytes, ...}}}."""
     rows = {
         program.name: {
             **{key: value for key, value in dataclasses.asdict(program).items() if key != "name"},
@@ -144,4 +144,4 @@ def write_programs(path: Path, programs: Sequence[Program], flops: Mapping[str, 
         for program in programs
     }
     device = jax.devices()[0].device_kind
-    write_json(path, {"device": device, "devices": jax.device_count(), "jax": jax.__version__, "programs": rows})
+    write_json(path, {"device": device, "devices": devices, "jax": jax.__version__, "programs": rows})

@@ -265,7 +265,7 @@ def _tell_programs(run: Run, workdir: Path, programs: Sequence[Program]) -> None
     _say(table(programs, flops))
     if jax.process_index() == 0:
         with unless_disk_full("the memory of the programs could not be written"):
-            write_programs(workdir / "programs.json", programs, flops)
+            write_programs(workdir / "programs.json", programs, flops, run.mesh.size)
 
 
 def _made_of(pipeline: Pipeline, batches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

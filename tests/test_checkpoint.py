@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import gc
 import json
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import types
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import flax
@@ -22,7 +20,6 @@ import pytest
 from omnistream_jax import checkpoint as checkpoint_lib
 from omnistream_jax.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints
 from omnistream_jax.utils import agreement
-from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 from omnistream_jax.utils.trees import fingerprint, named_leaves
 
 # A read that fails leaves coroutines of Orbax unfinished; their end is told when the garbage is collected.
@@ -465,44 +462,3 @@ def test_a_process_killed_in_a_save_resumes_from_a_whole_checkpoint(tmp_path):
         checkpoints.save(step + 1, state)
     assert step >= saved
     assert [name for name in os.listdir(tmp_path) if not name.isdigit()] == []
-
-
-# The lock
-
-
-def test_a_second_process_is_refused_and_told_who_works_there(tmp_path):
-    with WorkdirLock(tmp_path / "new"):
-        program = f"from omnistream_jax.utils.lock import WorkdirLock; WorkdirLock({str(tmp_path / 'new')!r})"
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-        assert result.returncode != 0
-        assert f"new is in use by process {os.getpid()} on host {os.uname().nodename}" in result.stderr
-        with pytest.raises(WorkdirLockedError):
-            WorkdirLock(tmp_path / "new")
-    WorkdirLock(tmp_path / "new").release()
-
-
-def test_a_killed_process_leaves_no_lock(tmp_path):
-    program = (
-        "import time; from omnistream_jax.utils.lock import WorkdirLock\n"
-        f"lock = WorkdirLock({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"held\n"
-        with pytest.raises(WorkdirLockedError, match=f"process {process.pid} "):
-            WorkdirLock(tmp_path)
-        process.kill()
-    WorkdirLock(tmp_path).release()
-
-
-def test_a_lock_that_cannot_be_taken_names_its_file_and_leaves_nothing_open(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    opened = []
-    monkeypatch.setattr(
-        Path, "open", lambda path, *mode, _open=Path.open: opened.append(_open(path, *mode)) or opened[0]
-    )
-    with pytest.raises(OSError, match=f"No locks available: '{tmp_path}/.lock'"):
-        WorkdirLock(tmp_path)
-    assert [file.closed for file in opened] == [True]
