@@ -119,7 +119,7 @@ def lay_out(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     """Devices along the axes, of sizes as `mesh_sizes` gives them.
 
     Raises:
-        ValueError: a tensor axis that spans processes, or axes that are no products of a TPU slice's sides.
+        ValueError: a tensor axis that does not fit into processes, or axes that are no products of a TPU slice's sides.
     """
     here = sum(device.process_index == devices[0].process_index for device in devices)
     if here % sizes["tensor"]:
@@ -129,12 +129,20 @@ def lay_out(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
         mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
     except NotImplementedError as error:
         raise ValueError(f"mesh: {str(error).partition('. If you want')[0]}") from error
-    for group in mesh.devices.reshape(-1, sizes["tensor"]):  # on a TPU, neighbours are those of the torus
-        hosts = {device.process_index for device in group}
-        if len(hosts) > 1:
-            found = f"{sizes['tensor']} that are side by side here belong to processes {sorted(hosts)}"
-            raise ValueError(f"mesh.tensor: expected devices of one process, but {found}")
+    if _within_processes(mesh):
+        return mesh
+    # On a TPU, JAX's neighbours are those of the torus: four in a line are of two hosts, whose chips form squares.
+    by_process = sorted(devices, key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(by_process).reshape(tuple(sizes.values())), AXES, axis_types=axis_types)
+    if not _within_processes(mesh):
+        raise ValueError("mesh.tensor: expected devices of one process, but processes have unequal numbers of them")
     return mesh
+
+
+def _within_processes(mesh: Mesh) -> bool:
+    """Whether the devices along "tensor" are of one process each time: they share the rows that it loads."""
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return all(len({device.process_index for device in group}) == 1 for group in groups)
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:
@@ -157,7 +165,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch, as arrays over the whole mesh: the rows of process 0 first.
+    """This process's rows of a batch, on its own devices, as arrays over the whole mesh.
 
     Raises:
         ValueError: a process's devices do not hold so many rows; the message names both shapes.

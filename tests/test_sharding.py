@@ -1,12 +1,13 @@
 """Where arrays lie on a mesh, and that a mesh changes nothing but who computes."""
 
+import dataclasses
 import json
 import types
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from mesh_cases import collectives, largest_difference, run_program
 from training_cases import small_config, whole_config
 
@@ -130,21 +131,42 @@ def test_a_mesh_that_a_slice_cannot_have_is_an_error_of_the_mesh(monkeypatch):
         sharding.make_mesh()
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
 def devices_of(*processes):
-    return np.array([types.SimpleNamespace(process_index=index) for index in processes])
+    return [Device(number, process) for number, process in enumerate(processes)]
 
 
-def test_a_tensor_axis_across_processes_is_refused_however_the_slice_orders_its_devices(monkeypatch):
+def as_the_slice_orders_them(shape, axes, axis_types, devices):
+    return Mesh(np.array(devices).reshape(shape), axes, axis_types=axis_types)
+
+
+@pytest.mark.parametrize("processes", [(0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 0, 1)])
+def test_a_tensor_axis_stays_within_a_process_however_the_slice_orders_its_devices(processes, monkeypatch):
     sizes = {"data": 2, "fsdp": 1, "tensor": 2}
+    monkeypatch.setattr(jax, "make_mesh", as_the_slice_orders_them)
+    mesh = sharding.lay_out(sizes, devices_of(*processes))
+    assert mesh.shape == sizes
+    groups = [{device.process_index for device in group} for group in mesh.devices.reshape(2, 2)]
+    assert sorted(groups, key=min) == [{0}, {1}]
+    assert sorted(device.id for device in mesh.devices.flat) == [0, 1, 2, 3]
 
-    def order(*processes):
-        mesh = types.SimpleNamespace(devices=devices_of(*processes).reshape(2, 1, 2))
-        monkeypatch.setattr(jax, "make_mesh", lambda *_, **__: mesh)
-        return sharding.lay_out(sizes, devices_of(0, 0, 1, 1)) is mesh
 
-    assert order(1, 1, 0, 0)
-    with pytest.raises(ValueError, match=r"mesh.tensor: expected devices of one process, but 2 .* processes \[0, 1\]"):
-        order(0, 1, 0, 1)
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ((0, 1, 2, 3), "expected a divisor of the 1 devices of a process, got 2"),
+        ((0, 0, 1, 2), "expected devices of one process, but processes have unequal numbers of them"),
+    ],
+)
+def test_a_tensor_axis_across_processes_is_refused(processes, message, monkeypatch):
+    monkeypatch.setattr(jax, "make_mesh", as_the_slice_orders_them)
+    with pytest.raises(ValueError, match=f"mesh.tensor: {message}"):
+        sharding.lay_out({"data": 2, "fsdp": 1, "tensor": 2}, devices_of(*processes))
 
 
 def test_a_batch_is_refused_where_the_devices_do_not_hold_a_share_for_each_process(monkeypatch):
