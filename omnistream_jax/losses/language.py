@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from omnistream_jax.ops.precision import precision_of
+
 
 def language_loss(
     hidden: jax.Array,
@@ -85,8 +87,8 @@ def _mean_loss_forward(
         is_target = labels[..., None] == jnp.arange(logits.shape[-1])
         d_logits = (jnp.exp(logits - log_normaliser[..., None]) - is_target) * (kept / count)[..., None]
         d_logits = d_logits.astype(kernel.dtype)
-        d_states = jnp.einsum("stv,vd->std", d_logits, kernel, preferred_element_type=jnp.float32)
-        d_kernel = jnp.einsum("stv,std->svd", d_logits, states, preferred_element_type=jnp.float32)
+        d_states = _product("stv,vd->std", d_logits, kernel)
+        d_kernel = _product("stv,std->svd", d_logits, states)
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_states.astype(hidden.dtype), index * chunk, axis=1)
         return loss_sum + losses, hit_sum + hits, d_hidden, d_embedding + d_kernel
 
@@ -138,7 +140,12 @@ def _slices(index: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]
 
 
 def _logits(states: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum("std,vd->stv", states, kernel, preferred_element_type=jnp.float32)
+    return _product("std,vd->stv", states, kernel)
+
+
+def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """In float32, of factors as they are."""
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32, precision=precision_of(left.dtype))
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

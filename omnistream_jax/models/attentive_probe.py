@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from omnistream_jax.models.block import LayerNorm, exact_gelu
 from omnistream_jax.ops.attention import attention, attention_path
 from omnistream_jax.ops.cudnn import cudnn_attention
+from omnistream_jax.ops.precision import full_precision
 from omnistream_jax.ops.splash import splash_frame_causal
 
 KERNEL_STD = 0.02
@@ -50,6 +51,7 @@ class AttentiveProbe(nn.Module):
     remat: bool = True
     dtype: DTypeLike = jnp.float32
 
+    @full_precision
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens [B, N, D] of videos to logits, float32 [B, C]."""

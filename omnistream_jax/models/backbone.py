@@ -18,6 +18,7 @@ from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.ops.attention import attend_cache, attention_path, frame_causal_attention
 from omnistream_jax.ops.cache import BlockCache, frame_slot, write_frame
 from omnistream_jax.ops.images import normalize_frames, patchify
+from omnistream_jax.ops.precision import full_precision
 from omnistream_jax.ops.rope import rope_tables
 from omnistream_jax.sharding import gathered_block
 
@@ -92,6 +93,7 @@ class Backbone(nn.Module):
         stacked = jax.vmap(init_one)(jax.random.split(key, self.config.depth))
         return split_kernels(stacked) if self.streaming else stacked
 
+    @full_precision
     def __call__(
         self,
         frames: jax.Array,
@@ -140,6 +142,7 @@ class Backbone(nn.Module):
         tokens, hidden = _scan_blocks(run_block, tokens, self.blocks, layers, self.config.depth)
         return self._output(tokens, hidden, (height, width), camera_token)
 
+    @full_precision
     def step(
         self,
         frame: jax.Array,

@@ -13,6 +13,7 @@ from flax import struct
 
 from omnistream_jax.models.camera_head import CameraHead
 from omnistream_jax.models.dpt import LEVELS, DualDPT, check_channels, default_layers
+from omnistream_jax.ops.precision import full_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,7 @@ class GeometryHeads(nn.Module):
         )
         self.camera = CameraHead(self.width, dtype=self.dtype)
 
+    @full_precision
     def __call__(self, hidden: Sequence[jax.Array], camera: jax.Array, height: int, width: int) -> GeometryPrediction:
         """Geometry of frames of height x width pixels.
 

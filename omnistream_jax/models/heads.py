@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from omnistream_jax.ops.precision import full_precision
+
 BOTTLENECK_EPS = 1e-12
 
 
@@ -50,10 +52,12 @@ class DinoHead(nn.Module):
             dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
         )
 
+    @full_precision
     def __call__(self, features: jax.Array) -> jax.Array:
         """Maps features [..., D] to logits over prototypes, float32 [..., K]."""
         return self.last_layer(self.embed(features))
 
+    @full_precision
     def embed(self, features: jax.Array) -> jax.Array:
         """Maps features [..., D] to the bottleneck, float32 [..., bottleneck] of unit length."""
         hidden = features

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from omnistream_jax.ops.precision import full_precision
+
 PROJECTOR, DECODER = "projector", "decoder"
 """The names of the two in the parameters of a training run and of a language model."""
 
@@ -29,6 +31,7 @@ class Projector(nn.Module):
     width: int
     dtype: DTypeLike = jnp.float32
 
+    @full_precision
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps visual tokens [..., backbone's width] to [..., width]."""

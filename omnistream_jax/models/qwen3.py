@@ -27,6 +27,7 @@ from flax import struct
 from omnistream_jax.models.backbone import split_kernels, streaming_params
 from omnistream_jax.models.block import Attend, with_remat
 from omnistream_jax.ops.attention import segment_attention
+from omnistream_jax.ops.precision import full_precision
 from omnistream_jax.ops.rope import apply_rope
 from omnistream_jax.sharding import gathered_block
 
@@ -228,6 +229,7 @@ class Qwen3(nn.Module):
         tokens = jnp.where(tokens < 0, limit, tokens)  # negative ids would count from the end
         return jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
 
+    @full_precision
     def __call__(
         self, embeddings: jax.Array, positions: jax.Array, segments: jax.Array, cache: DecoderCache | None = None
     ) -> jax.Array | tuple[jax.Array, DecoderCache]:
@@ -259,6 +261,7 @@ class Qwen3(nn.Module):
         fits = cache.length <= cache.capacity
         return jnp.where(fits, self.norm(hidden), jnp.nan), cache
 
+    @full_precision
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 [..., V]; for the loss of long rows see losses/language.py instead."""
         matrix = (self.embedding if self.config.tied else self.output).astype(self.dtype)
