@@ -66,7 +66,8 @@ def make_plan(config: ConfigDict, say: Callable[[str], None] = lambda line: None
     config = _without_files(config, topology)
     try:
         backbone = build_backbone(config)
-        path = attention_path(backbone.dtype, topology.device.platform)
+        device = topology.device
+        path = attention_path(backbone.dtype, backbone.config.head_width, device.platform, device.capability)
         gram = backbone.config if trains_gram(config) else None
         tasks = [_attending(task, path) for task in build_tasks(config, backbone.clone(attention=path), gram)]
         state, shardings = _abstract_state(config, backbone.clone(attention="xla"), tasks, gram is not None, mesh)

@@ -9,6 +9,7 @@ topologies). It needs the platform's plug-in, which is a Python package. This pr
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -50,6 +51,7 @@ class DeviceKind:
         sides: how many sides a slice has; 0: counted, in hosts.
         wraps: of a slice: a side of a multiple of it is a ring, and both neighbours lead to every chip.
         compiler: of a GPU, what XLA asks of its `target_config`.
+        capability: of an NVIDIA GPU, CUDA's compute capability.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class DeviceKind:
     sides: int = 0
     wraps: int = 0
     compiler: str = ""
+    capability: float = 0.0
 
 
 def _gpu(
@@ -101,14 +104,17 @@ DEVICES = {
     "cpu": DeviceKind("cpu", "cpu"),
     "a100": DeviceKind(
         *("NVIDIA A100-SXM4-80GB", "cuda", 80e9, 2.04e12, 300e9, 25e9),
+        capability=_AMPERE["capability"],
         compiler=_gpu(**_AMPERE, memory=85_100_068_864, bandwidth=2.04e12),
     ),
     "h100": DeviceKind(
         *("NVIDIA H100 80GB HBM3", "cuda", 80e9, 3.35e12, 450e9, 50e9),
+        capability=_HOPPER["capability"],
         compiler=_gpu(**_HOPPER, memory=84_942_979_072, bandwidth=3.35e12),
     ),
     "h200": DeviceKind(
         *("NVIDIA H200", "cuda", 141e9, 4.8e12, 450e9, 50e9),
+        capability=_HOPPER["capability"],
         compiler=_gpu(**_HOPPER, memory=150_110_011_392, bandwidth=4.8e12),
     ),
     "v5e": DeviceKind("TPU v5 lite", "tpu", 15.75 * _GIB, 8.1e11, 4.5e10, sides=2, wraps=16),
@@ -208,10 +214,16 @@ def _devices(topology: Topology) -> Sequence[jax.Device]:
             platform="cuda", topology_name="", topology=f"1x{hosts}x{topology.host_devices}", target_config=described
         ).devices
     except ModuleNotFoundError as error:
-        packages = "pip install libtpu" if platform == "tpu" else GPU_PACKAGES.format(v=jax.__version__)
+        packages = _tpu_packages() if platform == "tpu" else GPU_PACKAGES.format(v=jax.__version__)
         raise ConfigError(f"topology: {topology.name} needs a plug-in to compile with ({error}): {packages}") from error
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"topology: {topology.name}: {str(error).splitlines()[0]}") from error
+
+
+def _tpu_packages() -> str:
+    """What a plan for TPUs compiles with: the libtpu that the installed jax names in its extra "tpu"."""
+    named = (requirement.partition(";")[0].strip() for requirement in importlib.metadata.requires("jax") or ())
+    return f"pip install --no-deps '{next(name for name in named if name.startswith('libtpu'))}'"
 
 
 def _require_module(*names: str) -> None:

@@ -9,7 +9,7 @@ from omnistream_jax.ops.attention import attend_cache, attention_path, frame_cau
 from omnistream_jax.ops.cache import BlockCache, empty_cache
 from omnistream_jax.ops.splash import splash_frame_causal
 
-ON_CUDA = jax.default_backend() == "gpu" and attention_path(jnp.bfloat16) == "cudnn"
+ON_CUDA = jax.default_backend() == "gpu" and attention_path(jnp.bfloat16, 64) == "cudnn"
 GOLDEN_SIZE = jax.ShapeDtypeStruct((2, 4, 201, 4, 64), jnp.bfloat16)  # 201 tokens: an odd length
 
 
@@ -19,7 +19,24 @@ def random_heads(shape, dtype=jnp.float32):
 
 def test_a_cpu_takes_the_products_of_xla():
     if jax.default_backend() == "cpu":
-        assert attention_path(jnp.float32) == attention_path(jnp.bfloat16) == "xla"
+        assert attention_path(jnp.float32, 64) == attention_path(jnp.bfloat16, 64) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "path"),
+    [
+        ("bfloat16", 64, 8.0, "cudnn"),
+        ("bfloat16", 128, 8.9, "cudnn"),
+        ("float16", 256, 9.0, "cudnn"),
+        ("float32", 64, 9.0, "xla"),
+        ("bfloat16", 64, 7.5, "xla"),
+        ("bfloat16", 136, 8.9, "xla"),
+        ("bfloat16", 264, 9.0, "xla"),
+        ("bfloat16", 36, 9.0, "xla"),
+    ],
+)
+def test_cudnn_is_taken_for_what_it_can_compute(dtype, width, capability, path):
+    assert attention_path(jnp.dtype(dtype), width, "cuda", capability) == path
 
 
 # Splash attention.

@@ -182,9 +182,9 @@ def token_attention(query: jax.Array, key: jax.Array, value: jax.Array, query_ch
         [B, N, H, D].
     """
     _, count, _, width = query.shape
-    path = attention_path(query.dtype)
+    path = attention_path(query.dtype, width)
     if query_chunk is None:
-        if path == "cudnn" and width % 8 == 0 and count % 2 == 0:  # odd counts need lengths, which vmap cannot take
+        if path == "cudnn" and count % 2 == 0:  # odd counts need lengths, which vmap cannot take
             return cudnn_attention(query, key, value)
         if path == "splash":  # a clip of a single frame, in which all see all
             return splash_frame_causal(query[:, None], key[:, None], value[:, None])[:, 0]

@@ -62,7 +62,9 @@ class Backbone(nn.Module):
     @property
     def attention_path(self) -> str:
         """One of ops.attention.ATTENTION_PATHS."""
-        return attention_path(self.dtype) if self.attention == "auto" else self.attention
+        if self.attention != "auto":
+            return self.attention
+        return attention_path(self.dtype, self.config.head_width)
 
     def setup(self):
         """Declare the parameters; those of all blocks are stacked along a leading axis [depth, ...]."""

@@ -34,25 +34,34 @@ _UNROLLED_GROUPS = 16
 _CHUNK_TOKENS = 256
 
 
-def attention_path(dtype: jnp.dtype, platform: str | None = None) -> str:
-    """The fastest of ATTENTION_PATHS for activations of `dtype`.
+def attention_path(dtype: jnp.dtype, head_width: int, platform: str | None = None, capability: float = 0.0) -> str:
+    """The fastest of ATTENTION_PATHS that computes heads of this width in `dtype`.
 
     Args:
         dtype: of the activations.
-        platform: "cpu", "cuda", "tpu", ...; None: that of this process's devices.
+        head_width: D.
+        platform: "cpu", "cuda", "tpu", ...; None: that of this process's devices, and their capability.
+        capability: CUDA's compute capability of an NVIDIA GPU.
     """
-    platform = platform or _platform()
-    if platform == "cuda" and jnp.dtype(dtype).itemsize == 2:  # cuDNN has no float32
-        return "cudnn"
+    if platform is None:
+        platform, capability = _platform()
+    if platform == "cuda":
+        return "cudnn" if _fits_cudnn(dtype, head_width, capability) else "xla"
     return "splash" if platform == "tpu" else "xla"
 
 
+def _fits_cudnn(dtype: jnp.dtype, head_width: int, capability: float) -> bool:
+    """cuDNN has no float32, nothing before Ampere (8.0), and wide heads from Hopper (9.0) on."""
+    widest = 256 if capability >= 9 else 128 if capability >= 8 else 0
+    return jnp.dtype(dtype).itemsize == 2 and head_width <= widest and head_width % 8 == 0
+
+
 @functools.cache
-def _platform() -> str:
+def _platform() -> tuple[str, float]:
     device = jax.local_devices()[0]
     if device.platform == "gpu" and "cuda" in device.client.platform_version.lower():
-        return "cuda"
-    return device.platform
+        return "cuda", float(device.compute_capability)
+    return device.platform, 0.0
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | None = None) -> jax.Array:
