@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.frames_per_step = 1  # frames that go to the device at once; changes speed and rounding only
     config.compute_dtype = "auto"  # of the activations; auto: bfloat16 on accelerators, float32 on a CPU
 
-    config.plots = True  # draw each sequence; needs matplotlib, pip install -e .[eval]
+    config.plots = True  # draw each sequence; needs matplotlib, pip install -e '.[eval]'
 
     # Compiled programs, for the next start; "": none. JAX_COMPILATION_CACHE_DIR, where it is set, comes first.
     config.compilation_cache = "~/.cache/omnistream_jax/compilation"

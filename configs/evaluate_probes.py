@@ -86,7 +86,7 @@ def _shared() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # As in configs/pretrain.py: processes that make batches, and what happens when samples or they fail.
     config.loader = ConfigDict({"workers": 8, "prefetch": 2, "max_failed_fraction": 0.5, "max_restarts": 3})
-    config.plots = True  # needs matplotlib, pip install -e .[eval]
+    config.plots = True  # needs matplotlib, pip install -e '.[eval]'
 
     # Compiled programs, for the next start; "": none. JAX_COMPILATION_CACHE_DIR, where it is set, comes first.
     config.compilation_cache = "~/.cache/omnistream_jax/compilation"

@@ -161,7 +161,7 @@ def _paper() -> ConfigDict:
     # preset's where they are not 0, or "auto" (tied: yes or no, whether logits are made with the embedding); a
     # vocabulary_size of 0 is the tokenizer's. init.decoder must be of these. kernel_std: standard deviation of the
     # projector's kernels, and of the decoder's where it starts from scratch. chunk: tokens of a device whose logits are
-    # held at once.
+    # held at once. rope_jitter: of the pictures, as in self_supervision.
     config.language = ConfigDict(
         {
             "tokenizer": "",
@@ -180,6 +180,7 @@ def _paper() -> ConfigDict:
             },
             "kernel_std": 0.02,
             "chunk": 256,
+            "rope_jitter": 2.0,
         }
     )
 
@@ -332,7 +333,7 @@ def _quick_start(config: ConfigDict) -> None:
     config.geometry.update({"features": 16, "out_channels": (16, 16, 32, 32), "rope_jitter": 1.0})
     posed = {"paths": "embedded", "batch_size": 2, "frames": 4, "height": 64, "width": 64}
     config.tasks.clip_geometry.update(posed)
-    config.language.update({"tokenizer": "embedded", "kernel_std": 0.08})
+    config.language.update({"tokenizer": "embedded", "kernel_std": 0.08, "rope_jitter": 1.0})
     config.language.decoder.update({"preset": "tiny", "vocabulary_size": 0})
     captioned = {"paths": "embedded", "batch_size": 1, "captions_per_row": 2, "max_tokens": 160, "size": 64}
     config.tasks.caption.update(captioned)
@@ -372,7 +373,8 @@ def _learn_captions(config: ConfigDict) -> None:
     config.name = "learn_captions"
     config.steps = 5_000
     config.tasks.clip_geometry.weight = 0.0
-    # With the backbone at full rate the decoder made no use of pictures in 2,500 such steps, at a twentieth it did.
+    # With the backbone at the full rate the decoder made no use of pictures in 2,500 such steps; at a twentieth of the
+    # rate it did. The recipe takes a tenth.
     config.optimizer.update({"beta2": 0.99, "factors": (("backbone", 0.1), ("projector", 0.3))})
     config.language.decoder.depth = 2
     # Several texts about a picture share the work on it.

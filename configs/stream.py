@@ -10,7 +10,7 @@ A question:     --config.question="What is on the table?", with a checkpoint tha
                 end, and with --config.answer.every=30 after every 30 frames; no frame is encoded for it again.
 
 Hardware: a CPU, a GPU or a TPU, one device; decoding takes a core beside it. With a `window`, memory and the time for a
-frame stay the same for ever, those of geometry and answers included. Pictures need `pip install -e .[viz]` (Rerun)
+frame stay the same for ever, those of geometry and answers included. Pictures need `pip install -e '.[viz]'` (Rerun)
 unless `record` and `viewer` are off; no display is needed unless `viewer` is on.
 
 Expect one line about compiling (a second start loads the programs from `compilation_cache`), then a line every

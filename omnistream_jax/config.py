@@ -56,7 +56,8 @@ def _get_config(path: str, arguments: list[str]) -> object:
     if not Path(path).is_file():
         folder = Path(path).parent
         near = _near(str(path), [str(file) for file in folder.glob("*.py")] if folder.is_dir() else [])
-        raise ConfigError(f"config file {path} does not exist{near}")
+        looked = "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"
+        raise ConfigError(f"config file {path} does not exist{near}{looked}")
     try:
         module_spec = importlib.util.spec_from_file_location("omnistream_config", path)
         if module_spec is None or module_spec.loader is None:

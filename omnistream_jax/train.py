@@ -31,6 +31,7 @@ from omnistream_jax.sharding import global_batch, host_copy
 from omnistream_jax.step import TrainState, make_accumulate, make_update, merge_metrics, zero_gradients
 from omnistream_jax.tasks.build import teacher_schedule
 from omnistream_jax.utils.agreement import from_first_process, lock_workdir
+from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.metrics import MetricsWriter
 from omnistream_jax.utils.step_deadline import StepDeadline
 from omnistream_jax.utils.versions import versions
@@ -46,6 +47,7 @@ _TERMINAL = (
     *("depth", "rays", "points", "camera", "depth_abs_rel", "caption", "token_accuracy"),
     *("knn_top1", "linear_top1", "evaluators_seconds"),
 )
+_LESS_MEMORY = "smaller tasks.*.batch_size, more tasks.*.micro_batches, model.remat=block or a larger mesh.fsdp"
 
 
 class TrainingError(RuntimeError):
@@ -59,11 +61,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
         ConfigError: the config does not fit, or is not the one that `workdir` was made with.
         WorkdirLockedError: another run works in `workdir`.
         CheckpointError: there are checkpoints but no whole one; or three saves in a row have failed.
-        TrainingError: too many steps in a row were not finite; the end of the run could not be written.
+        TrainingError: too many steps in a row were not finite; a device ran out of memory; the end of the run could not
+            be written.
         PreemptedError: SIGTERM; what has been trained is saved. It ends the program with `config.requeue_exit_code`.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disk_told(workdir))
+        stack.enter_context(full_device_told(TrainingError, _LESS_MEMORY))
         preemption = stack.enter_context(Preemption(config.requeue_exit_code))
         known = from_first_process(workdir.exists)
         if known:

@@ -18,6 +18,7 @@ from omnistream_jax.convert.qwen3 import save_decoder
 from omnistream_jax.data.chat import load_chat
 from omnistream_jax.models.projector import Projector
 from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, init_decoder
+from omnistream_jax.ops.rope import random_scale
 from omnistream_jax.optim import Optimizer, TeacherSchedule
 from omnistream_jax.step import init_state, make_accumulate, make_update
 from omnistream_jax.tasks.caption import CaptionTask
@@ -38,7 +39,8 @@ TEACHERS = Teachers(jnp.zeros((), jnp.int32), {}, None)
 def task():
     backbone = random_model().backbone
     # Kernels and an embedding (below) so large that attention is far from an average and tokens differ.
-    return CaptionTask("caption", 1.0, None, backbone, Projector(SIZES.width), Qwen3(SIZES), chunk=5, kernel_std=0.3)
+    parts = (backbone, Projector(SIZES.width), Qwen3(SIZES))
+    return CaptionTask("caption", 1.0, None, *parts, chunk=5, kernel_std=0.3, rope_jitter=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +84,9 @@ def project(params, patches):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def patches_of(task, params, images):
-    return task.backbone.apply({"params": params["backbone"]}, images[:, None], layers=()).patches
+def patches_of(task, params, images, rope_scale=(1.0, 1.0)):
+    backbone = {"params": params["backbone"]}
+    return task.backbone.apply(backbone, images[:, None], layers=(), rope_scale=rope_scale).patches
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -105,15 +108,28 @@ def caption_alone(task, params, patches, prompt, answer) -> list[tuple[float, bo
     return [(logsumexp(row) - row[token], row.argmax() == token) for row, token in zip(before, answer, strict=True)]
 
 
+def costs_and_hits(task, params, batch, rope_scale=(1.0, 1.0)):
+    told = []
+    for images, texts in zip(batch["image"], TEXTS, strict=True):
+        patches = patches_of(task, params, images, rope_scale)
+        for segment, prompt, answer in texts:
+            told += caption_alone(task, params, patches[segment // 100 - 1], prompt, answer)
+    assert len(told) == 13
+    return map(np.array, zip(*told, strict=True))
+
+
+def test_positions_in_pictures_are_jittered(task, params, batch):
+    key = jax.random.key(5)
+    jittered = dataclasses.replace(task, rope_jitter=2.0)
+    found = jax.jit(lambda params, batch: jittered.loss(params, TEACHERS, batch, key)[0])(params, batch)
+    costs, _ = costs_and_hits(task, params, batch, random_scale(key, 2.0))
+    as_they_are, _ = costs_and_hits(task, params, batch)
+    assert found == pytest.approx(costs.mean(), rel=1e-5)
+    assert found != pytest.approx(as_they_are.mean(), rel=1e-4)
+
+
 def test_texts_in_a_row_cost_what_each_costs_alone_with_its_image(task, params, batch, loss):
-    told = [
-        one
-        for images, texts in zip(batch["image"], TEXTS, strict=True)
-        for segment, prompt, answer in texts
-        for one in caption_alone(task, params, patches_of(task, params, images)[segment // 100 - 1], prompt, answer)
-    ]
-    costs, hits = map(np.array, zip(*told, strict=True))
-    assert len(costs) == 13
+    costs, hits = costs_and_hits(task, params, batch)
     assert costs.std() > 0.1, "tokens must differ for a mistake to show"
     found, metrics = loss(params, batch)
     assert found == pytest.approx(costs.mean(), rel=1e-5)

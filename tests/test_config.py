@@ -100,7 +100,7 @@ def test_the_command_line_sets_fields_and_the_argument(run_program):
         (["--config=quick.py", "--config.sizes[5]=1"], "sizes is set as a whole, not by index"),
         (["--config=quick.py", "--config.untyped=1"], "untyped has no type"),
         (["--config=quick.py:huge"], "quick.py, line 6: ValueError: unknown argument 'huge', expected small or large"),
-        (["--config=qiuck.py"], "qiuck.py does not exist; did you mean quick.py?"),
+        (["--config=qiuck.py"], "qiuck.py does not exist; did you mean quick.py? (looked in /"),
         (["--config=quick.py", "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
         (["--config=quick.py", "more"], "unexpected argument 'more'"),
         (["--config.seed=1"], "--config=FILE.py[:ARGUMENT] is required"),

@@ -22,7 +22,7 @@ TOLERANCE = 2e-4
 def load_case(name, tmp_path, weights_of=None):
     golden = load_golden(name)
     weights = golden.weights or load_golden(weights_of).weights
-    model = omnistream_jax.load(cases.write_model(tmp_path / name, weights, golden.config))
+    model = omnistream_jax.load(cases.write_model(tmp_path / name, weights, golden.config), dtype="float32")
     return golden, model, cases.channels_last(golden.inputs["pixel_values"])[:, None]
 
 

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from process_cases import run_two
 
-from omnistream_jax import distributed, launcher, main
+from omnistream_jax import distributed, jobs, launcher
 from omnistream_jax.config import ConfigError
 from omnistream_jax.launcher import Launch, detect, first_node, tasks_of_node
 
@@ -190,12 +190,12 @@ def test_process_0_listens_where_the_environment_says(monkeypatch):
 
 def test_the_processes_of_an_extraction_share_its_items_and_are_not_connected(monkeypatch):
     asked, gpus = [], []
-    monkeypatch.setattr(main.extract, "extract", lambda config, *share: asked.append(share))
+    monkeypatch.setattr(jobs.extract, "extract", lambda config, *share: asked.append(share))
     monkeypatch.setattr(distributed, "use_gpus", gpus.append)
     launch = Launch("SLURM", 4, 3, "gpu03:61443", gpus=(1,))
-    main.JOBS["extract"](ConfigDict({"process_count": 0}), launch)
-    main.JOBS["extract"](ConfigDict({"process_count": 8}), launch)  # the config says outright
-    main.JOBS["extract"](ConfigDict({"process_count": 0}), None)
+    jobs.run_job(ConfigDict({"job": "extract", "process_count": 0}), None, launch)
+    jobs.run_job(ConfigDict({"job": "extract", "process_count": 8}), None, launch)  # the config says outright
+    jobs.run_job(ConfigDict({"job": "extract", "process_count": 0}), None, None)
     assert asked == [(3, 4), (), ()]
     assert gpus == [launch]
     assert not distributed.with_others()
@@ -204,7 +204,27 @@ def test_the_processes_of_an_extraction_share_its_items_and_are_not_connected(mo
 @pytest.mark.parametrize("job", ["stream", "evaluate"])
 def test_jobs_for_one_process_refuse_more(job):
     with pytest.raises(ConfigError, match=f"job {job}: works in one process, got 4 by SLURM"):
-        main.JOBS[job](ConfigDict(), Launch("SLURM", 4, 3, "gpu03:61443"))
+        jobs.run_job(ConfigDict({"job": job}), None, Launch("SLURM", 4, 3, "gpu03:61443"))
+
+
+def test_a_workdir_is_the_output_of_a_job_that_has_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs.extract, "extract", lambda config: asked.append(config.output))
+    config = ConfigDict({"job": "extract", "output": "", "process_count": 0})
+    jobs.run_job(config, "runs/features", None)
+    assert asked == ["runs/features"]
+    with pytest.raises(ConfigError, match="workdir: other and output: runs/features name the same; give one of them"):
+        jobs.run_job(config, "other", None)
+
+
+def test_a_plan_refuses_a_workdir_in_which_it_would_write_nothing():
+    with pytest.raises(ConfigError, match="workdir: a plan writes nothing"):
+        jobs.run_job(ConfigDict({"job": "plan"}), "runs/plan", None)
+
+
+def test_an_unknown_job_is_refused_by_its_field():
+    with pytest.raises(ConfigError, match=r"job: expected one of train, .*, got 'tain'"):
+        jobs.run_job(ConfigDict({"job": "tain"}), None, None)
 
 
 def test_a_process_by_itself_connects_to_nobody():

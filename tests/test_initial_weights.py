@@ -13,6 +13,7 @@ from omnistream_jax import train as train_lib
 from omnistream_jax.build import build
 from omnistream_jax.config import ConfigError
 from omnistream_jax.convert import layouts
+from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.models import presets
 from omnistream_jax.step import make_accumulate
 
@@ -50,6 +51,18 @@ def test_the_student_and_the_gram_teacher_start_from_the_weights(golden, tmp_pat
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, metrics)))
     assert metrics["gram"] > 0, "the Gram teacher stands from the first step"
     assert all(np.any(gradients["backbone"]["blocks"]["attention"][name]) for name in ("qkv_kernel", "value_bias"))
+
+
+def test_omnistreams_weights_are_trained_on_with_the_rotary_layout_that_they_have(tmp_path, monkeypatch):
+    golden = load_golden("01a_omnistream_offline")
+    directory = str(cases.write_model(tmp_path / "omnistream", golden.weights, golden.config))
+    monkeypatch.setitem(presets.PRESETS, "golden", layouts.read(directory).config)
+    fields = {"init__backbone": directory, "model__preset": "golden"}
+    with pytest.raises(WeightsError, match=r"rope: released, the model has dinov3 \(model.rope\)$"):
+        build(small_config(**fields))
+    params = build(small_config(**fields, model__rope="released")).state.params["backbone"]
+    weights = layouts.read(directory).params
+    cases.assert_same_bits({name: params[name] for name in weights}, weights)
 
 
 def test_without_self_supervision_on_images_there_is_no_gram_teacher():

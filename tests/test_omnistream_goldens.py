@@ -17,11 +17,11 @@ from omnistream_jax.ops.rope import apply_rope, rope_tables
 TOLERANCE = 2e-4
 
 
-def load_case(name, tmp_path, **options):
+def load_case(name, tmp_path, dtype="float32", **options):
     golden = load_golden(name)
     directory = cases.write_model(tmp_path / name, golden.weights, golden.config)
     frames = cases.channels_last(golden.inputs["pixel_values"])
-    return golden, omnistream_jax.load(directory, **options), frames
+    return golden, omnistream_jax.load(directory, dtype=dtype, **options), frames
 
 
 @pytest.mark.parametrize("name", ["01a_omnistream_offline", "01h_omnistream_swiglu"])
@@ -179,7 +179,7 @@ def test_outputs_and_parameter_gradients_match(name, tmp_path):
 
 def test_a_directory_as_the_hub_has_it(tmp_path):
     golden = load_golden("official_tiny_hf/io")
-    model = omnistream_jax.load(golden_path("official_tiny_hf/io").parent)
+    model = omnistream_jax.load(golden_path("official_tiny_hf/io").parent, dtype="float32")
     frames = cases.channels_last(golden.inputs["pixel_values"])
     cases.assert_fields(cases.omnistream_fields(model.encode(frames)), golden.outputs, TOLERANCE)
     out = model.encode(frames, camera_token=True, aspect_ratio=golden.inputs["aspect_ratio"])

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import types
 
+import jax
 import numpy as np
 import pytest
 from training_cases import PRETRAIN, REPOSITORY, whole_config
@@ -15,7 +16,7 @@ from omnistream_jax.config import ConfigError
 from omnistream_jax.plan import batch_shapes
 from omnistream_jax.roofline import Times, read_messages
 from omnistream_jax.tasks.build import build_backbone, build_tasks
-from omnistream_jax.topology import link_bandwidth, parse_topology
+from omnistream_jax.topology import link_bandwidth, parse_topology, planned_mesh
 
 # Of what the process grows by in a program beside what the plan says; of what it has in arrays.
 MEMORY_TOLERANCE = 0.1
@@ -46,6 +47,12 @@ def test_a_topology_is_as_many_devices_as_its_name_says(name, count, host):
 def test_what_is_no_topology_is_refused_with_what_was_expected(name, expected):
     with pytest.raises(ConfigError, match=f"^topology: .*{expected}.*got {name!r}"):
         parse_topology(name)
+
+
+def test_a_missing_plug_in_is_named_with_the_version_that_jax_asks_for(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"v5e:.*\(no module libtpu\): pip install --no-deps 'libtpu==[\d.*]+'$"):
+        planned_mesh(parse_topology(f"v5e:1x{jax.device_count()}"))
 
 
 def test_batches_are_planned_with_the_shapes_and_types_that_the_data_gives():

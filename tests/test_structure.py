@@ -19,11 +19,12 @@ NETWORKS = {
 WORK = {"step", "optim", "sharding", "checkpoint", "config", "tasks", "evals", "losses", "data"} | NETWORKS
 
 # Each part of the package (a folder, or a file beside them) and the others that it may import. Imports run one way:
-# main -> train | evaluate | probe | propagate | extract | live -> step, tasks, evals, model -> models, losses
+# main -> jobs -> train | evaluate | probe | propagate | extract | live -> step, tasks, evals, model -> models, losses
 # -> ops, geometry.
 ALLOWED = {
     "__init__": {"model", "geometry_model", "language_model"},
-    "main": {"train", "evaluate", "extract", "live", "plan", "probe", "propagate", "launcher", "distributed"} | WORK,
+    "main": {"jobs", "launcher", "distributed", "config"} | SUPPORT,
+    "jobs": {"train", "evaluate", "extract", "live", "plan", "probe", "propagate", "launcher", "distributed"} | WORK,
     "train": {"build", "report", "watch", "flops", "programs", "profiling", "faults", "preemption"} | WORK,
     "faults": {"checkpoint"} | SUPPORT,
     "preemption": SUPPORT,

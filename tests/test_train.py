@@ -116,6 +116,15 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
+def test_a_device_without_memory_is_told_with_what_takes_less(tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 20 GB")
+
+    monkeypatch.setattr(train_lib, "compile_step", out_of_memory)
+    with pytest.raises(train_lib.TrainingError, match=r"out of memory; set smaller tasks\.\*\.batch_size"):
+        train_lib.train(small_config(), tmp_path)
+
+
 def test_another_config_in_the_same_workdir_is_refused(whole_run):
     with pytest.raises(ConfigError, match=r"seed: 0 -> 1"):
         train_lib.train(whole_config(seed=1), whole_run)
@@ -169,6 +178,7 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
         ("language__decoder__kv_heads", 3, r"language.decoder.heads: 4 query heads do not share 3"),
         ("language__decoder__vocabulary_size", 100, r"language.tokenizer: .* the decoder's vocabulary of 100"),
         ("language__kernel_std", 0.0, r"language.kernel_std: expected a positive number"),
+        ("language__rope_jitter", 0.0, r"language.rope_jitter: expected a positive number"),
         ("language__chunk", 0, r"language.chunk: expected 1 or more"),
         ("evaluation__caption_records", 1, r"evaluation.caption_records: expected 2 or more"),
         ("evaluation__retrieval_size", 100, r"evaluation.retrieval_size: expected a multiple of 16"),

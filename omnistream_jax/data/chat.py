@@ -305,7 +305,7 @@ def _read_file(path: str) -> Any:
     try:
         from tokenizers import Tokenizer  # not everyone who uses data/ has or needs it
     except ImportError:
-        raise DataError(f"tokenizer: {path} needs the package tokenizers: pip install omnistream_jax[data]") from None
+        raise DataError(f"tokenizer: {path} needs the package tokenizers: pip install -e .") from None
     if not os.path.isfile(path):
         raise DataError(
             f"tokenizer: there is no file or directory {path!r}, expected a tokenizer's JSON file, its directory, "
@@ -323,7 +323,7 @@ def _read_pretrained(name: str) -> Any:
         from transformers import AutoTokenizer  # takes seconds
     except ImportError:
         raise DataError(
-            f"tokenizer: {name} needs the package transformers: pip install omnistream_jax[hf], "
+            f"tokenizer: {name} needs the package transformers: pip install -e '.[hf]', "
             "or name its file tokenizer.json, which does not"
         ) from None
     expected = "a directory or a hub repository with a tokenizer"

@@ -16,6 +16,7 @@ from omnistream_jax.tasks.caption import CaptionTask
 def check_language(fields: ConfigDict) -> None:
     """Raises ConfigError for a value of `config.language` that cannot be."""
     require(fields.kernel_std > 0, "language.kernel_std", fields.kernel_std, "a positive number")
+    require(fields.rope_jitter > 0, "language.rope_jitter", fields.rope_jitter, "a positive number")
     require(fields.chunk >= 1, "language.chunk", fields.chunk, "1 or more")
 
 
@@ -50,6 +51,7 @@ def build_caption(name: str, fields: ConfigDict, config: ConfigDict, backbone: B
         decoder=decoder,
         chunk=shared.chunk,
         kernel_std=shared.kernel_std,
+        rope_jitter=shared.rope_jitter,
         micro_batches=fields.micro_batches,
     )
 

@@ -24,6 +24,7 @@ from omnistream_jax.losses.means import Mean
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.projector import DECODER, PROJECTOR, Projector
 from omnistream_jax.models.qwen3 import Qwen3, init_decoder, output_matrix
+from omnistream_jax.ops.rope import random_scale
 from omnistream_jax.sharding import batch_shards
 from omnistream_jax.tasks.task import Params, Teachers
 from omnistream_jax.utils.segments import SHARED
@@ -43,6 +44,7 @@ class CaptionTask:
         chunk: tokens of a device whose logits are held at once, see `losses/language.py`.
         kernel_std: standard deviation of the projector's and the decoder's kernels at initialisation; the decoder's
             embedding keeps its own.
+        rope_jitter: as in `SelfSupervisionSettings`.
         micro_batches: as of every task; the mean stays that over all tokens of the whole batch.
     """
 
@@ -54,6 +56,7 @@ class CaptionTask:
     decoder: Qwen3
     chunk: int = 256
     kernel_std: float = _KERNEL_STD
+    rope_jitter: float = 2.0
     has_teacher: bool = False
     micro_batches: int = 1
 
@@ -75,7 +78,8 @@ class CaptionTask:
         "answers_cut", the share of the images with an answer that was longer than its room; and "texts_per_image".
         """
         tokens, segment = batch["tokens"], batch["segment"]
-        hidden = self._hidden(params, self._visual_tokens(params, batch["image"]), tokens, segment, batch["position"])
+        visual = self._visual_tokens(params, batch["image"], random_scale(key, self.rope_jitter))
+        hidden = self._hidden(params, visual, tokens, segment, batch["position"])
         loss, accuracy = language_loss(
             hidden[:, :-1],
             output_matrix(params[DECODER], self.decoder.config),
@@ -101,11 +105,12 @@ class CaptionTask:
 
         return {name: mean(name, value) for name, value in {"loss": loss, **metrics}.items()}
 
-    def _visual_tokens(self, params: Params, images: jax.Array) -> jax.Array:
+    def _visual_tokens(self, params: Params, images: jax.Array, rope_scale: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Images [B, K, S, S, 3], each a clip of one frame -> [B, K, P, D]."""
         rows, count = images.shape[:2]
         frames = images.reshape(rows * count, 1, *images.shape[2:])
-        patches = self.backbone.apply({"params": params["backbone"]}, frames, layers=()).patches  # [B K, 1, h, w, d]
+        out = self.backbone.apply({"params": params["backbone"]}, frames, layers=(), rope_scale=rope_scale)
+        patches = out.patches  # [B K, 1, h, w, d]
         patches = patches.reshape(rows, count, -1, patches.shape[-1])
         return self.projector.apply({"params": params[PROJECTOR]}, patches)
 
