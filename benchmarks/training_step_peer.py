@@ -29,9 +29,6 @@ SIDE = arguments.size // 16
 TOKENS = SIDE * SIDE + SPECIAL_TOKENS
 BATCH, FRAMES = arguments.batch, arguments.frames
 
-if DEVICE == "cuda":
-    torch.set_float32_matmul_precision("high")  # TF32, as JAX takes by default
-
 Features = tuple[torch.Tensor, torch.Tensor]  # patches [B, T, patches, d], CLS [B, T, d]
 
 
