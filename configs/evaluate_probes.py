@@ -53,7 +53,7 @@ def _shared() -> ConfigDict:
     config.data = ""  # directory of the data set; "embedded": the rendered world that comes with the package
     config.benchmark = ""  # of the paper's tables, whose figures are printed beside the result; "": none
     config.allow_incomplete = False  # use what is there of a data set; the numbers are not the published ones'
-    config.seed = 0
+    config.seed = 0  # of the heads' start, dropout, the order of samples and random views; not of what is scored
 
     # presets: name -> the fields that it sets. A field that is None is the preset's; any other value stays.
     config.preset = ""
@@ -68,7 +68,8 @@ def _shared() -> ConfigDict:
     config.batch = placeholder(int)  # samples a step, over all devices
 
     # False: train on the view of the validation, without anything random. Features are then encoded once and kept in
-    # OUTPUT/features; for small sets, which must fit the host's memory.
+    # OUTPUT/features; for small sets, which must fit the host's memory. The fields of random views do nothing then, nor
+    # do those of `loader` but `workers`.
     config.augment = True
 
     config.evaluate_every = 0  # steps; 0: at the end alone
@@ -84,7 +85,9 @@ def _shared() -> ConfigDict:
 
     # How many devices share the work in which way (sharding.py): data splits batches, fsdp also the backbone.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # As in configs/pretrain.py: processes that make batches, and what happens when samples or they fail.
+    # As in configs/pretrain.py: processes that make batches, and what happens when samples or they fail. Samples to be
+    # scored, and with augment False those to be trained on, are read by `workers` threads, one at least, and one that
+    # cannot be read ends the run.
     config.loader = ConfigDict({"workers": 8, "prefetch": 2, "max_failed_fraction": 0.5, "max_restarts": 3})
     config.plots = True  # needs matplotlib, pip install -e '.[eval]'
 
@@ -273,6 +276,7 @@ def _attentive(
 def _world(config: ConfigDict) -> None:
     """What the small recipes on the embedded world have in common."""
     config.data = "embedded"
+    config.world_seed = 0  # of the scenes
     config.loader.update({"workers": 0, "prefetch": 4})
 
 
@@ -351,7 +355,6 @@ def _world_motion(config: ConfigDict) -> None:
     config.frames = 8  # of a clip, spread over the whole motion
     config.scenes = 2_200  # of the world's train part
     config.heldout_scenes = 550
-    config.world_seed = 0
     config.validation_seed = 0  # draws the order of the frames, where they are shuffled
     config.evaluate_every = 200
     config.evaluate_batch = 110

@@ -98,8 +98,8 @@ def get_config(recipe: str = "davis2017") -> ConfigDict:
     config.frames_per_step = 1  # frames that go to the device at once; changes speed and rounding only
     config.compute_dtype = "auto"  # of the activations; auto: bfloat16 on accelerators, float32 on a CPU
 
-    # Scenes of the world's held-out part, the frames of each, their side in pixels, the world's seed, and what a thing
-    # must cover of a first frame to be followed.
+    # Read with "embedded" data alone: scenes of the world's held-out part, the frames of each, their side in pixels,
+    # the world's seed, and what a thing must cover of a first frame to be followed.
     config.world = ConfigDict({"clips": 32, "frames": 8, "size": 192, "seed": 0, "min_share": 0.01})
 
     config.plots = True  # draw each sequence with its masks

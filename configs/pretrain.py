@@ -7,7 +7,8 @@
                 runs/quickstart.
 learn           What is learned of geometry from the rendered scenes in 10 minutes on 2 cores: scores on held-out
                 scenes in the last line of runs/learn/metrics.jsonl (docs/learning.md).
-learn_captions  The same of descriptions, boxes and answers about rendered pictures.
+learn_captions  What is learned of descriptions, boxes and answers about rendered pictures, in 24 to 26 minutes of one
+                shared core.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from all that stage 1 has trained:
                 --config.init.weights=runs/stage1 --config.self_supervision.gram.backbone=DINOV3_DIR
@@ -73,7 +74,7 @@ def _paper() -> ConfigDict:
     # h100:64 (also h200, a100), v5e:16x16 (also v6e; v5p:4x4x8) or cpu:8 (topology.py). No data, no weights.
     config.topology = ""
     config.name = "stage1"  # without --workdir the run lies in runs/NAME
-    config.seed = 0
+    config.seed = 0  # 0 to 2 ** 32 - 1
     config.steps = 60_000  # 0: no training; scores and exports the weights that init names, or random ones
 
     # Sizes: tiny, small, base, large (models/presets.py). patch_size 0 is the preset's. dtype auto: bfloat16 on
@@ -85,7 +86,7 @@ def _paper() -> ConfigDict:
             "preset": "large",
             "patch_size": 0,
             "rope": "dinov3",
-            "time_unit": 16,
+            "time_unit": 16.0,
             "dtype": "auto",
             "remat": "auto",
             "layer_scale": 0.01,
@@ -250,7 +251,7 @@ def _paper() -> ConfigDict:
     config.profile = ConfigDict({"start": 10, "steps": 0})
     # A step with a loss or gradient that is not finite makes no update; more than so many in a row stop the run.
     config.max_nonfinite_steps = 10
-    # Exit status after SIGTERM, for the scheduler to start the job again (75: EX_TEMPFAIL).
+    # Exit status after SIGTERM, 3 to 125, for the scheduler to start the job again (75: EX_TEMPFAIL).
     config.requeue_exit_code = 75
     # Of a run of many processes (launch/README.md). start_seconds: how long they wait for each other at the start.
     # heartbeat_seconds: when one has not been heard of for so long, the others end. step_deadline_seconds: a step that

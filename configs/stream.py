@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.window = 64  # frames that a frame sees, its own and the sinks included; 0: all, time and memory grow
     config.sinks = 1  # first frames of the stream that stay visible for ever (with a window)
     config.compute_dtype = "auto"  # of the activations; auto: bfloat16 on accelerators, float32 on a CPU
-    config.cache_dtype = "auto"  # of the keys and values: float32, bfloat16, int8; auto: as compute_dtype
+    config.cache_dtype = "auto"  # of the keys and values: float32, bfloat16, float16, int8; auto: as compute_dtype
 
     config.geometry = _geometry()
 

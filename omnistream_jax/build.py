@@ -23,6 +23,7 @@ from omnistream_jax.optim import Optimizer
 from omnistream_jax.sharding import host_copy, make_mesh, put_on_mesh, state_shardings
 from omnistream_jax.step import TrainState, init_params, init_state
 from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, trains, trains_gram
+from omnistream_jax.tasks.build_fields import require
 from omnistream_jax.tasks.caption import CaptionTask
 from omnistream_jax.tasks.task import Params, Task
 from omnistream_jax.weights import find_checkpoint, restore_weights, taken_parts
@@ -65,8 +66,7 @@ def build(config: ConfigDict) -> Run:
         find_checkpoint(config.init.weights)  # what is missing is told before minutes are spent
     start = layouts.read(config.init.backbone) if config.init.backbone else None
     decoder = _read_decoder(config)
-    gram_path = config.self_supervision.gram.backbone
-    gram_weights = layouts.read(gram_path) if gram_path else start
+    gram_weights = _read_gram(config) or start
     try:
         _check(config)
         mesh = make_mesh(**config.mesh)
@@ -106,6 +106,18 @@ def _read_decoder(config: ConfigDict) -> tuple[Qwen3Config, Params] | None:
     return load_decoder(config.init.decoder)
 
 
+def _read_gram(config: ConfigDict) -> layouts.Weights | None:
+    path = config.self_supervision.gram.backbone
+    if not path:
+        return None
+    if not trains_gram(config):
+        raise config_lib.ConfigError(
+            "self_supervision.gram.backbone: there is no Gram teacher (no task of images, or gram.weight 0); "
+            "expected none"
+        )
+    return layouts.read(path)
+
+
 def _initial_decoder(weights: tuple[Qwen3Config, Params], tasks: Sequence[Task]) -> Params:
     """The weights' parameters. Raises WeightsError where they are not of the size that is trained."""
     task = next(task for task in tasks if isinstance(task, CaptionTask))
@@ -114,18 +126,25 @@ def _initial_decoder(weights: tuple[Qwen3Config, Params], tasks: Sequence[Task])
 
 
 def _check(config: ConfigDict) -> None:
-    """What would else fail only after hours of training."""
+    """What would else fail only after hours of training, or start one that nobody meant."""
+    require(not config.get("topology"), "topology", config.get("topology"), "none but with job=plan")
     least = {"seed": 0, "log_every": 1, "checkpoint.every": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 0}
-    least |= {"max_nonfinite_steps": 0, "requeue_exit_code": 1, "loader.max_restarts": 0}
+    least |= {"max_nonfinite_steps": 0, "loader.prefetch": 0, "loader.workers": 0, "loader.max_restarts": 0}
     least |= {"distributed.step_deadline_seconds": 0, "pictures_every": 0, "profile.start": 1, "profile.steps": 0}
     least |= {"evaluation.picture_frames": 1, "evaluation.geometry_scenes": 1, "evaluation.caption_records": 2}
     for field, smallest in least.items():
         value = operator.attrgetter(field)(config)
-        if value < smallest:
-            raise config_lib.ConfigError(f"{field}: expected {smallest} or more, got {value}")
+        require(value >= smallest, field, value, f"{smallest} or more")
+    require(config.seed < 2**32, "seed", config.seed, f"0 to {2**32 - 1}")
+    code = config.requeue_exit_code  # 1 and 2 mean errors (main.py), more than 125 a signal, and 256 would be 0
+    require(3 <= code <= 125, "requeue_exit_code", code, "3 to 125")
+    loader = config.loader
+    share = loader.max_failed_fraction
+    require(0 <= share <= 1, "loader.max_failed_fraction", share, "a share, 0 to 1")
+    ahead = loader.prefetch >= 1 or loader.workers == 0
+    require(ahead, "loader.prefetch", loader.prefetch, "1 or more with loader.workers")
     patch = build_backbone(config).config.patch_size
     for field in ("picture_size", "retrieval_size", "geometry_size"):
         side = config.evaluation[field]
-        if side < patch or side % patch:
-            raise config_lib.ConfigError(f"evaluation.{field}: expected a multiple of {patch}, got {side}")
+        require(side >= patch and side % patch == 0, f"evaluation.{field}", side, f"a multiple of {patch}")
     heldout_clip(config.evaluation.picture_frames, patch, patch)

@@ -1,12 +1,14 @@
 """Configurations: reading the file that `--config` names, refusing what it does not know, comparing two.
 
 A config file is a Python file with `get_config()` or `get_config(argument)`, which returns a `ConfigDict` that holds
-every field. Nothing can be added from outside, so a misspelt field is an error; each error is one message for a reader.
+every field. Nothing can be added from outside, and groups are set field by field, so a misspelt field is an error; each
+error is one message for a reader.
 """
 
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from omnistream_jax.utils.files import write_json
 flags.disclaim_key_flags()  # --help lists --config with the flags of the module that calls define_flag
 
 _NO_CONFIG = "--config=FILE.py[:ARGUMENT] is required"
+_SHOWN = 4  # fields that a message lists
 EXIT_CONFIG = 2  # of a run whose configuration is wrong: starting it again cannot help
 EXIT_ERROR = 1  # of a run that ended with another error that is explained in one message
 
@@ -36,7 +39,7 @@ class ConfigError(ValueError):
 def load(specification: str, overrides: Mapping[str, object] | None = None) -> ConfigDict:
     """The locked config of "FILE.py" or "FILE.py:ARGUMENT", with fields by dotted name set to other values.
 
-    Raises ConfigError where the file is missing or fails, or a field does not exist or is of another type.
+    Raises ConfigError where the file is missing or fails, or a field does not exist, is a group or is of another type.
     """
     path, _, argument = specification.partition(":")
     config = _get_config(path, [argument] if ":" in specification else [])
@@ -66,6 +69,7 @@ def _get_config(path: str, arguments: list[str]) -> object:
         module_spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise ConfigError(f"config file {path} has no function get_config")
+        _check_recipe(path, module.get_config, arguments)
         return module.get_config(*arguments)
     except ConfigError:
         raise
@@ -76,10 +80,23 @@ def _get_config(path: str, arguments: list[str]) -> object:
         raise ConfigError(f"config file {where}: {type(error).__name__}: {error}") from error
 
 
+def _check_recipe(path: str, get_config: Callable[..., object], arguments: list[str]) -> None:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        if arguments:
+            raise ConfigError(f"{path} has no recipes, got {arguments[0]!r}") from None
+        raise ConfigError(f"{path} needs a recipe: --config={path}:RECIPE") from None
+
+
 def check_field(config: ConfigDict, field: str) -> None:
-    """Raises ConfigError, with a suggestion, where the config has no field of this dotted name."""
+    """Raises ConfigError, with a suggestion, where the config has no field of this dotted name, or it is a group."""
     fields = _flatten(config, keep_groups=True)
     if field in fields:
+        if isinstance(fields[field], (Mapping, ConfigDict)):
+            inside = next(iter(fields[field]), None)
+            hint = f"set its fields, as --config.{field}.{inside}=..." if inside else "this config has no fields in it"
+            raise ConfigError(f"config field {field} is a group; {hint}")
         return
     if (whole := field.partition("[")[0]) in fields:
         raise ConfigError(f"config field {field}: {whole} is set as a whole, not by index")
@@ -88,6 +105,15 @@ def check_field(config: ConfigDict, field: str) -> None:
     same_end = [name for name in fields if name.rpartition(".")[2] == field.rpartition(".")[2]]
     near = _near(field, siblings) or _near(field, same_end, cutoff=0.0) or _near(field, fields)
     raise ConfigError(f"config field {field} does not exist{near}")
+
+
+def check_fields(config: ConfigDict, chooser: str, names: Iterable[str]) -> None:
+    """Raises ConfigError where the config lacks fields of what its field `chooser` names: it is another's config."""
+    missing = [name for name in names if name not in config]
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        lacks = f"it has no field {', '.join(missing[:_SHOWN])}{more}"
+        raise ConfigError(f"{chooser}: this config is no config of {chooser} {config[chooser]} ({lacks})")
 
 
 def _near(name: str, names: Iterable[str], cutoff: float = 0.75) -> str:
@@ -193,14 +219,20 @@ def to_plain(config: ConfigDict) -> dict:
 
 
 def diff(config_a: ConfigDict | Mapping, config_b: ConfigDict | Mapping) -> list[str]:
-    """One line for each field that differs, sorted by name: "optimizer.peak: 0.1 -> 0.2"; a field may be "absent"."""
+    """One line for each field that differs, sorted by name: "optimizer.peak: 0.1 -> 0.2"; a field may be "absent".
+
+    16 and 16.0 do not differ, nor do two NaN.
+    """
     plain = (to_plain(config) if isinstance(config, ConfigDict) else config for config in (config_a, config_b))
     flat_a, flat_b = (_flatten(config) for config in plain)
     return [
         f"{field}: {_show(flat_a, field)} -> {_show(flat_b, field)}"
         for field in sorted(flat_a.keys() | flat_b.keys())
-        if _show(flat_a, field) != _show(flat_b, field)
+        if _show(flat_a, field) != _show(flat_b, field) and flat_a.get(field, _ABSENT) != flat_b.get(field, _ABSENT)
     ]
+
+
+_ABSENT = object()
 
 
 def _show(flat: Mapping, field: str) -> str:

@@ -24,6 +24,7 @@ from omnistream_jax.evals.geometry_stream import SequenceStreamer
 from omnistream_jax.evals.result_files import ResultFiles, made_by
 from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
 from omnistream_jax.geometry_model import CONFIG_NAME, WEIGHTS_NAME, load_geometry
+from omnistream_jax.model import dtype_of
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
@@ -88,8 +89,7 @@ def build(config: ConfigDict) -> Job:
     try:
         if config.plots:
             figures.check_plotting()
-        dtype = None if config.compute_dtype == "auto" else config.compute_dtype
-        model = load_geometry(config.checkpoint, dtype=dtype)
+        model = load_geometry(config.checkpoint, dtype=dtype_of(config.compute_dtype))
         fields = {name: config[name] for name in ("sinks", "frames_per_step", "pose_source")}
         streamer = SequenceStreamer(model, config.window or None, time_unit=config.time_unit or None, **fields)
     except WeightsError:

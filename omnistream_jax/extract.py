@@ -129,14 +129,16 @@ def build(config: ConfigDict, process_index: int = 0) -> Job:
     for name in ("workers", "prefetch"):
         if config[name] < 1:
             raise ConfigError(f"{name}: expected at least 1, got {config[name]}")
+    if not config.log_seconds > 0:
+        raise ConfigError(f"log_seconds: expected a positive number of seconds, got {config.log_seconds}")
     feature = _feature_options(config)
     frame = FrameOptions(**{field.name: config[field.name] for field in dataclasses.fields(FrameOptions)})
     model = None
     try:
         frame.check()
-        model = model_lib.load(
-            config.checkpoint, dtype=None if config.compute_dtype == "auto" else config.compute_dtype
-        )
+        model = model_lib.load(config.checkpoint, dtype=model_lib.dtype_of(config.compute_dtype))
+        if "camera" in feature.tokens and not model.config.camera:
+            raise ConfigError("tokens: these weights have no camera token; leave camera out")
         feature.open_stream(model, frame, (frame.height, frame.width))
     except files.WeightsError:
         raise
@@ -154,6 +156,8 @@ def build(config: ConfigDict, process_index: int = 0) -> Job:
 
 def _share(config: ConfigDict, index: int | None, count: int | None) -> tuple[int, int]:
     if count is None:
+        if config.process_count < 0:
+            raise ConfigError(f"process_count: expected a number of processes, or 0, got {config.process_count}")
         automatic = config.process_count == 0
         if automatic and config.process_index:
             raise ConfigError("process_index: give process_count too")
@@ -172,6 +176,8 @@ def _feature_options(config: ConfigDict) -> FeatureOptions:
         raise ConfigError("tokens and layers: each may be named once")
     if not tokens or not (config.final or config.layers):
         raise ConfigError("tokens, final, layers: nothing would be stored")
+    if config.aspect_ratio and "camera" not in tokens:
+        raise ConfigError("aspect_ratio: only the camera token uses it; add camera to tokens")
     if config.dtype not in _DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(_DTYPES)}, got {config.dtype!r}")
     if config.window < 0:

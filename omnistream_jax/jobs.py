@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from omnistream_jax import distributed, evaluate, extract, live, plan, probe, propagate, train
 from omnistream_jax.checkpoint import CheckpointError
-from omnistream_jax.config import ConfigError
+from omnistream_jax.config import ConfigError, check_fields
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.launcher import Launch
@@ -31,11 +31,18 @@ EXPLAINED = (
 )
 
 
+def check_job(config: ConfigDict) -> None:
+    """Raises ConfigError where `config.job` names no job, or one that reads fields which the config lacks."""
+    if config.get("job") not in JOBS:
+        raise ConfigError(f"job: expected one of {', '.join(JOBS)}, got {config.get('job')!r}")
+    check_fields(config, "job", FIELDS[config.job])
+
+
 def run_job(config: ConfigDict, workdir: str | None, launch: Launch | None) -> int | None:
     """The job's exit status, None for 0.
 
     Args:
-        config: names it in `job`.
+        config: that `check_job` has passed.
         workdir: where its files lie; None: where the config says.
         launch: what started this process as one of many; None: nothing did.
 
@@ -43,8 +50,6 @@ def run_job(config: ConfigDict, workdir: str | None, launch: Launch | None) -> i
         ConfigError: a field does not fit.
         Exception: one of EXPLAINED.
     """
-    if config.job not in JOBS:
-        raise ConfigError(f"job: expected one of {', '.join(JOBS)}, got {config.job!r}")
     return JOBS[config.job](config, workdir, launch)
 
 
@@ -110,3 +115,40 @@ JOBS: dict[str, Job] = {
     "propagate": _in_one_process("propagate", propagate.propagate),
     "plan": _plan,
 }
+
+_ANY = ("compilation_cache",)
+_TRAINING = (
+    *(*_ANY, "name", "seed", "steps", "model", "mesh", "init", "optimizer", "self_supervision", "geometry", "language"),
+    *("tasks", "loader", "log_every", "pictures_every", "profile", "max_nonfinite_steps", "requeue_exit_code"),
+    *("distributed", "checkpoint", "evaluation", "evaluators"),
+)
+_STREAM = ("output", "checkpoint", "window", "sinks", "compute_dtype")  # of all that stream frames through a model
+FIELDS: dict[str, tuple[str, ...]] = {
+    "train": _TRAINING,
+    "plan": (*_TRAINING, "topology"),
+    "extract": (
+        *(*_ANY, *_STREAM, "input", "frame_rate", "image_rate", "height", "width", "resize", "chunk", "tokens"),
+        *("aspect_ratio", "final", "layers", "dtype", "workers", "prefetch", "log_seconds"),
+        *("process_index", "process_count"),
+    ),
+    "stream": (
+        *(*_ANY, *_STREAM, "input", "height", "width", "resize", "frame_rate", "realtime", "drop_frames", "max_frames"),
+        *("cache_dtype", "geometry", "question", "answer", "pca_frames", "record", "video", "viewer", "log_seconds"),
+    ),
+    "evaluate": (
+        *(*_ANY, *_STREAM, "benchmarks", "allow_incomplete", "align", "pose_source", "long_side", "time_unit"),
+        *("frames_per_step", "plots"),
+    ),
+    "probe": (
+        *(*_ANY, "output", "checkpoint", "compute_dtype", "probe", "data", "benchmark", "allow_incomplete", "seed"),
+        *("preset", "presets", "learning_rates", "weight_decays", "learning_rate_batch", "steps", "batch", "augment"),
+        *("evaluate_every", "evaluate_batch", "heads_at_once", "encode_batch", "checkpoint_every", "log_every"),
+        *("time_unit", "mesh", "loader", "plots"),
+    ),
+    "propagate": (
+        *(*_ANY, *_STREAM, "predictions", "data", "allow_incomplete", "presets", "preset", "void", "time_unit"),
+        *("frames_per_step", "world", "plots", "features", "short_side", "rounding", "multiple", "interpolation"),
+        *("deviation", "context", "radius", "neighbourhood", "top", "temperature", "upsampling", "flat_channel"),
+    ),
+}
+"""What each job reads at the top level of its config; `probe.build` checks what a protocol reads besides."""

@@ -24,8 +24,13 @@ _WRITTEN = ("depth_png", "depth_tensors", "trajectory", "intrinsics", "points", 
 
 
 def load(config: ConfigDict) -> Model | GeometryModel:
-    """The checkpoint that the config names, with geometry heads if it asks for them. Raises WeightsError."""
-    dtype = None if config.compute_dtype == "auto" else config.compute_dtype
+    """The checkpoint that the config names, with geometry heads if it asks for them.
+
+    Raises:
+        WeightsError: it cannot be read, or lacks them.
+        ValueError: `compute_dtype` names no type.
+    """
+    dtype = model_lib.dtype_of(config.compute_dtype)
     return (geometry_model.load_geometry if config.geometry.enabled else model_lib.load)(config.checkpoint, dtype=dtype)
 
 

@@ -26,7 +26,7 @@ from omnistream_jax.generate import MAX_LENGTH, bucket_capacity, bucket_length, 
 from omnistream_jax.geometry_model import GeometryModel
 from omnistream_jax.language_model import LanguageModel, load_language
 from omnistream_jax.live_result import Answer, LiveError, Result
-from omnistream_jax.model import Model
+from omnistream_jax.model import Model, dtype_of
 from omnistream_jax.models.projector import DECODER, PROJECTOR, project
 from omnistream_jax.models.qwen3 import DecoderCache, decoding_params, empty_cache
 
@@ -39,11 +39,11 @@ def load(config: ConfigDict) -> tuple[Model | GeometryModel, "Question | None"]:
     Raises:
         WeightsError: the checkpoint cannot be read, or lacks one of the two.
         ConfigError: `question`, or a field of `answer`, does not fit.
+        ValueError: `compute_dtype` names no type.
     """
     if not config.question:
         return live_geometry.load(config), None
-    dtype = None if config.compute_dtype == "auto" else config.compute_dtype
-    language = load_language(config.checkpoint, dtype=dtype)
+    language = load_language(config.checkpoint, dtype=dtype_of(config.compute_dtype))
     model = live_geometry.load(config) if config.geometry.enabled else language.model
     side = language.model.config.patch_size
     patches = (config.height // side) * (config.width // side)

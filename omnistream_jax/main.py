@@ -35,6 +35,7 @@ def main(_: list[str]) -> int | None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every save in ten lines
     config = CONFIG.value
+    jobs.check_job(config)
     try:
         compilation.keep_compiled(config.compilation_cache)
     except OSError as error:  # slower starts, and nothing else

@@ -252,6 +252,13 @@ def load(path: str | os.PathLike, rope: str | None = None, dtype: Any = None) ->
     )
 
 
+def dtype_of(compute_dtype: str) -> str | None:
+    """The `dtype` of `load` that a config's `compute_dtype` names, None of "auto". Raises ValueError for another."""
+    if compute_dtype not in ("auto", *_DTYPES):
+        raise ValueError(f"compute_dtype: expected one of auto, {', '.join(_DTYPES)}, got {compute_dtype!r}")
+    return None if compute_dtype == "auto" else compute_dtype
+
+
 def _floating_dtype(dtype: Any) -> Any:
     try:
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)

@@ -1,6 +1,7 @@
 """Schedules and the optimiser: Adam with warm-up and cosine decay, no weight decay (OmniStream, Sec. 4)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,11 +47,15 @@ class Optimizer:
             raise ValueError(f"steps: expected 0 or more, got {self.steps}")
         if self.steps and not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"optimizer.warmup_steps: expected 0 to {self.steps}, got {self.warmup_steps}")
-        if not self.peak > 0 or self.final < 0 or self.clip_norm < 0:
-            raise ValueError("optimizer: expected peak > 0, final >= 0 and clip_norm >= 0")
+        _require(0 < self.peak < math.inf, "peak", self.peak, "a positive number")
+        for field in ("final", "clip_norm", "freeze_prototypes_steps"):
+            value = getattr(self, field)
+            _require(0 <= value < math.inf, field, value, "0 or more")
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            _require(0 <= value < 1, field, value, "0 or more, and less than 1")
         for pair in self.factors:
-            if len(pair) != 2 or not isinstance(pair[0], str) or isinstance(pair[1], str) or not pair[1] >= 0:
-                raise ValueError(f"optimizer.factors: expected pairs (name, 0 or more), got {pair!r}")
+            _require(_is_factor(pair), "factors", pair, "pairs (name, 0 or more)")
 
     def check_factors(self, params: Mapping[str, Any]) -> None:
         """Raises ValueError for a name in `factors` that is no part of the parameters."""
@@ -110,6 +115,18 @@ class TeacherSchedule:
 
     momentum: tuple[float, float]
     gram_snapshot_steps: tuple[int, ...] = ()
+
+
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"optimizer.{field}: expected {expected}, got {value!r}")
+
+
+def _is_factor(pair: object) -> bool:
+    match pair:
+        case (str(), int() | float() as factor):
+            return 0 <= factor < math.inf
+    return False
 
 
 def _is_in(name: str, part: str) -> bool:

@@ -7,6 +7,8 @@ due follows the checkpoint of its step, and is done again where the run was stop
 import contextlib
 import dataclasses
 import json
+import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
 from omnistream_jax.checkpoint import Checkpoints
-from omnistream_jax.config import ConfigError
+from omnistream_jax.config import ConfigError, check_fields
 from omnistream_jax.convert.files import WeightsError, fingerprint
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals import figures, paper_tables
@@ -28,7 +30,7 @@ from omnistream_jax.evals.probes.engine import ProbeState, Trainer, init_state, 
 from omnistream_jax.evals.probes.steps import FeatureSteps, FrameSteps
 from omnistream_jax.evals.probes.sweep_plots import plot_sweep
 from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
-from omnistream_jax.model import load
+from omnistream_jax.model import dtype_of, load
 from omnistream_jax.sharding import batch_shards, make_mesh
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
@@ -36,7 +38,7 @@ from omnistream_jax.utils.lock import WorkdirLock
 from omnistream_jax.utils.metrics import MetricsWriter
 from omnistream_jax.utils.versions import versions
 
-BUILDERS = {"imagenet": imagenet.build, "nyuv2": nyuv2.build, "ade20k": ade20k.build, "action": action.build}
+PROTOCOLS = {"imagenet": imagenet, "nyuv2": nyuv2, "ade20k": ade20k, "action": action}
 SUMMARY, EVALUATIONS, SETTINGS = "probe.json", "evaluations.json", "settings.json"
 # A resumed run may differ in these; they do not change what is computed (mesh and encode_batch: but for its rounding).
 _MAY_CHANGE = (
@@ -44,8 +46,10 @@ _MAY_CHANGE = (
     *("plots", "compilation_cache", "name", "output", "checkpoint"),  # of the last, the weights count
 )
 _PAPER_UNITS = {"top1": 100.0, "miou": 100.0, "rmse": 1.0}  # metric -> what ours is multiplied by for the paper's unit
-_LEAST = {"seed": 0, "steps": 1, "batch": 1, "evaluate_every": 0, "evaluate_batch": 1, "encode_batch": 0}
+_LEAST = {"steps": 1, "batch": 1, "evaluate_every": 0, "evaluate_batch": 1, "encode_batch": 0}
 _LEAST |= {"heads_at_once": 0, "checkpoint_every": 1, "log_every": 1, "time_unit": 0, "learning_rate_batch": 0}
+_LEAST |= {"loader.workers": 0, "loader.prefetch": 0, "loader.max_failed_fraction": 0, "loader.max_restarts": 0}
+_SEEDS = ("seed", "world_seed", "validation_seed")  # of which a recipe has some; JAX's keys know 32 bits
 
 
 class ProbeError(RuntimeError):
@@ -150,9 +154,8 @@ def build(config: ConfigDict) -> Job:
         shards = batch_shards(mesh)
         if config.batch % shards:
             raise ConfigError(f"batch: expected a multiple of the {shards} devices that share it, got {config.batch}")
-        dtype = None if config.compute_dtype == "auto" else config.compute_dtype
-        model = load(config.checkpoint, dtype=dtype)
-        protocol = BUILDERS[config.probe](config, model.config)
+        model = load(config.checkpoint, dtype=dtype_of(config.compute_dtype))
+        protocol = PROTOCOLS[config.probe].build(config, model.config)
         if config.benchmark:
             paper_tables.published(config.benchmark)
             if config.data == EMBEDDED:
@@ -200,15 +203,29 @@ def _check(config: ConfigDict) -> None:
     for name in ("checkpoint", "output", "data"):
         if not config[name]:
             raise ConfigError(f"{name}: expected a directory, got none; give --config.{name}=DIR")
-    if config.probe not in BUILDERS:
-        raise ConfigError(f"probe: expected one of {', '.join(BUILDERS)}, got {config.probe!r}")
+    if config.probe not in PROTOCOLS:
+        raise ConfigError(f"probe: expected one of {', '.join(PROTOCOLS)}, got {config.probe!r}")
+    check_fields(config, "probe", PROTOCOLS[config.probe].FIELDS)
     for name, smallest in _LEAST.items():
-        if config[name] < smallest:
-            raise ConfigError(f"{name}: expected {smallest} or more, got {config[name]}")
+        value = operator.attrgetter(name)(config)
+        if not smallest <= value < math.inf:
+            raise ConfigError(f"{name}: expected {smallest} or more, got {value}")
+    for name in _SEEDS:
+        if name in config and not 0 <= config[name] < 2**32:
+            raise ConfigError(f"{name}: expected 0 to 2**32 - 1, got {config[name]}")
+    _check_loader(config.loader)
     for name in ("learning_rates", "weight_decays"):
         values = config[name]
         if not values or not all(isinstance(value, (int, float)) for value in values):
             raise ConfigError(f"{name}: expected numbers, one or more, as (1e-3, 1e-2), got {values!r}")
+
+
+def _check_loader(loader: ConfigDict) -> None:
+    """What is left to check of fields that are not all read with `augment` False."""
+    if loader.max_failed_fraction > 1:
+        raise ConfigError(f"loader.max_failed_fraction: expected a share, 0 to 1, got {loader.max_failed_fraction}")
+    if loader.workers and not loader.prefetch:
+        raise ConfigError("loader.prefetch: expected 1 or more with loader.workers, got 0")
 
 
 # Training

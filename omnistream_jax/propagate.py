@@ -27,7 +27,7 @@ from omnistream_jax.evals.result_files import made_by
 from omnistream_jax.evals.text_table import aligned
 from omnistream_jax.evals.video_segmentation import FeatureReader, FrameRule, segment
 from omnistream_jax.evals.vos_files import VosFiles, read_predictions
-from omnistream_jax.model import load
+from omnistream_jax.model import dtype_of, load
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
@@ -115,6 +115,8 @@ def _with_preset(config: ConfigDict) -> dict[str, Any]:
 def _open(config: ConfigDict) -> MaskedVideos:
     if config.data != EMBEDDED:
         return open_davis(config.data, config.allow_incomplete)
+    if config.allow_incomplete:
+        raise ConfigError("allow_incomplete: nothing of the embedded world can be missing; expected False, got True")
     try:
         return open_world(**config.world)
     except DataError as error:  # nothing but fields can be wrong
@@ -129,8 +131,7 @@ def _segmenter(config: ConfigDict, fields: Mapping[str, Any], videos: MaskedVide
 
     try:
         rule, propagation = part(FrameRule), part(Propagation)
-        dtype = None if config.compute_dtype == "auto" else config.compute_dtype
-        model = load(config.checkpoint, dtype=dtype)
+        model = load(config.checkpoint, dtype=dtype_of(config.compute_dtype))
         stream = {"window": config.window or None, "sinks": config.sinks, "time_unit": config.time_unit or None}
         reader = FeatureReader(model, fields["features"], frames_per_step=config.frames_per_step, **stream)
         rule.check(reader.patch)

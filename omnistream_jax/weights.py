@@ -24,9 +24,12 @@ def taken_parts(config: ConfigDict, names: Sequence[str]) -> tuple[str, ...]:
     """The parts of the parameters that come from `init.weights`: those of `init.parts`, or all of `names`.
 
     Raises:
-        ConfigError: a part that there is not, or one that `init.backbone` or `init.decoder` gives as well.
+        ConfigError: a part that there is not, one that `init.backbone` or `init.decoder` gives as well, or parts of
+            nothing.
     """
     if not config.init.weights:
+        if config.init.parts:
+            raise ConfigError(f"init.parts: expected none without init.weights, got {', '.join(config.init.parts)}")
         return ()
     parts = tuple(config.init.parts) or tuple(names)
     unknown = [part for part in parts if part not in names]

@@ -121,5 +121,5 @@ def ade_augmentation(**changes) -> AdeAugmentation:
 
 def recipe(name: str, **fields) -> ConfigDict:
     """The config of a recipe with these fields, "a.b" as a__b, and its preset's values for what is left."""
-    fields = {"allow_incomplete": True, "plots": False, "loader.workers": 0, **fields}
+    fields = {"allow_incomplete": not name.startswith("world_"), "plots": False, "loader.workers": 0, **fields}
     return with_preset(load(RECIPES + name, {field.replace("__", "."): value for field, value in fields.items()}))

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -96,6 +97,10 @@ def test_the_command_line_sets_fields_and_the_argument(run_program):
         ),
         (["--config=quick.py", "--config.peak=1"], "peak does not exist; did you mean optimizer.peak?"),
         (["--config=quick.py", "--config.seed.x=1"], "seed.x does not exist"),
+        (
+            ["--config=quick.py", "--config.optimizer={'peek':1}"],
+            "config field optimizer is a group; set its fields, as --config.optimizer.peak=...",
+        ),
         (["--config=quick.py", "--config.seed=abc"], "--config.seed=abc: invalid literal for int()"),
         (["--config=quick.py", "--config.sizes[5]=1"], "sizes is set as a whole, not by index"),
         (["--config=quick.py", "--config.untyped=1"], "untyped has no type"),
@@ -134,7 +139,11 @@ def test_load_sets_fields_and_locks(config_file):
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [({"optimiser.peak": 1.0}, "did you mean optimizer.peak"), ({"seed": "one"}, "config field seed")],
+    [
+        ({"optimiser.peak": 1.0}, "did you mean optimizer.peak"),
+        ({"seed": "one"}, "config field seed"),
+        ({"optimizer": {"peak": 1.0}}, "config field optimizer is a group"),
+    ],
 )
 def test_load_refuses_unknown_fields_and_other_types(config_file, overrides, message):
     with pytest.raises(configs.ConfigError, match=message):
@@ -148,6 +157,7 @@ def test_load_refuses_unknown_fields_and_other_types(config_file, overrides, mes
         ("def get_config():\n    return {}", "must return a ConfigDict, got dict"),
         ("config = 1", "no function get_config"),
         ("import no_such_module", "line 1: ModuleNotFoundError"),
+        ("def get_config(recipe):\n    return {}", r"needs a recipe: --config=.*broken\.py:RECIPE"),
     ],
 )
 def test_a_broken_config_file_is_named(tmp_path, text, message):
@@ -157,11 +167,19 @@ def test_a_broken_config_file_is_named(tmp_path, text, message):
         configs.load(str(path))
 
 
+@pytest.mark.parametrize("name", ["stream", "extract", "evaluate_geometry"])
+def test_a_recipe_of_a_file_that_has_none_is_refused(name):
+    path = REPOSITORY / "configs" / f"{name}.py"
+    with pytest.raises(configs.ConfigError, match=rf"{name}\.py has no recipes, got 'small'"):
+        configs.load(f"{path}:small")
+
+
 def test_diff_lists_changed_added_and_removed_fields():
     before = ConfigDict({"a": 1, "sizes": (1, 2), "group": {"x": 1.0, "y": None}, "old": {"z": 3}})
     after = ConfigDict({"a": 1, "sizes": (1, 2), "group": {"x": 2.0, "y": None}, "new": {"w": True}})
     assert configs.diff(before, after) == ["group.x: 1.0 -> 2.0", "new.w: absent -> true", "old.z: 3 -> absent"]
     assert configs.diff(before, configs.to_plain(before)) == []
+    assert configs.diff({"x": 16, "y": math.nan}, {"x": 16.0, "y": math.nan}) == []
 
 
 def test_a_workdir_refuses_another_config(config_file, tmp_path):

@@ -224,7 +224,7 @@ def test_a_plan_refuses_a_workdir_in_which_it_would_write_nothing():
 
 def test_an_unknown_job_is_refused_by_its_field():
     with pytest.raises(ConfigError, match=r"job: expected one of train, .*, got 'tain'"):
-        jobs.run_job(ConfigDict({"job": "tain"}), None, None)
+        jobs.check_job(ConfigDict({"job": "tain"}))
 
 
 def test_a_process_by_itself_connects_to_nobody():

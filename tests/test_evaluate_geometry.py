@@ -324,7 +324,7 @@ def test_plots_without_matplotlib_are_refused_by_what_to_install(config_for, tmp
         ({"sinks": -1}, ConfigError, "sinks: .*-1"),
         ({"time_unit": -2.0}, ConfigError, "time_unit: expected a positive number of frames, got -2"),
         ({"frames_per_step": 0}, ConfigError, "frames_per_step: expected 1 or more, got 0"),
-        ({"compute_dtype": "int8"}, ConfigError, "dtype: .*int8"),
+        ({"compute_dtype": "int8"}, ConfigError, "^compute_dtype: .*int8"),
     ],
 )
 def test_a_field_that_cannot_work_is_one_clear_error(config_for, tmp_path, changes, error, message):

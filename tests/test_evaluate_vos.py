@@ -326,7 +326,12 @@ def test_a_second_run_into_one_directory_is_refused(config_for, tmp_path):
         ({"checkpoint": "/nowhere/model"}, WeightsError, "/nowhere/model: no such directory"),
         ({"data": "/nowhere"}, DataError, "/nowhere: there is no such folder"),
         ({"allow_incomplete": False}, DataError, r"not as published: 2 of 30 sequences, 10 of 1,999 frames"),
-        ({"data": "embedded", "world.frames": 2}, ConfigError, r"world\.frames: 2, expected 3 or more"),
+        ({"data": "embedded"}, ConfigError, "allow_incomplete: nothing of the embedded world can be missing"),
+        (
+            {"data": "embedded", "allow_incomplete": False, "world.frames": 2},
+            ConfigError,
+            r"world\.frames: 2, expected 3 or more",
+        ),
         ({"preset": "dinov2"}, ConfigError, "preset: expected one of .*, got 'dinov2'"),
         ({"void": "ignored"}, ConfigError, "void: expected one of background, excluded, got 'ignored'"),
         ({"top": 0}, ConfigError, "top: expected 1 or more, got 0"),
@@ -338,7 +343,7 @@ def test_a_second_run_into_one_directory_is_refused(config_for, tmp_path):
         ({"window": 1}, ConfigError, "window: 1 frames cannot hold 1 sinks"),
         ({"time_unit": -2.0}, ConfigError, "time_unit: expected a positive number of frames, got -2"),
         ({"frames_per_step": 0}, ConfigError, "frames_per_step: expected 1 or more, got 0"),
-        ({"compute_dtype": "int8"}, ConfigError, "dtype: .*int8"),
+        ({"compute_dtype": "int8"}, ConfigError, "^compute_dtype: .*int8"),
     ],
 )
 def test_a_field_that_cannot_work_is_one_clear_error(config_for, tmp_path, changes, error, message):

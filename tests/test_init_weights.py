@@ -139,3 +139,8 @@ def test_a_part_that_there_is_not_is_refused():
     config = small_config(init__weights="/run", init__parts=("spine",))
     with pytest.raises(ConfigError, match=r"init.parts: expected some of backbone, decoder, got spine"):
         taken_parts(config, ("backbone", "decoder"))
+
+
+def test_parts_of_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"init.parts: expected none without init.weights, got backbone"):
+        taken_parts(small_config(init__parts=("backbone",)), ("backbone", "decoder"))

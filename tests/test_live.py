@@ -342,7 +342,7 @@ def sound_file(path):
         ({"height": 40}, ConfigError, "multiples of 16, got 40 x 48"),
         ({"height": 0}, ConfigError, "height: .*0"),
         ({"frame_rate": -1.0}, ConfigError, "frame_rate: .*-1"),
-        ({"compute_dtype": "int8"}, ConfigError, "dtype: .*int8"),
+        ({"compute_dtype": "int8"}, ConfigError, "^compute_dtype: .*int8"),
         ({"cache_dtype": "int4"}, ConfigError, "cache_dtype: .*int4"),
         ({"window": 1}, ConfigError, "window"),
         ({"window": -4}, ConfigError, "window: .*-4"),

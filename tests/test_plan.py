@@ -198,6 +198,7 @@ AGREEMENT = """
         result = jax.block_until_ready(function(*arguments))
         return resident("VmHWM") - start, result
 
+    config.topology = ""  # of plans alone
     run = build(config)
     state, tasks, mesh, shardings = run.state, run.tasks, run.mesh, run.shardings
     del run  # its host copy of the initial backbone is, on a CPU, the device's array itself

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ from omnistream_jax.evals.probes.imagenet import ImageProbe
 from omnistream_jax.evals.probes.optimizers import Sgd
 from omnistream_jax.evals.probes.schedules import Cosine
 from omnistream_jax.models.backbone import BackboneOutput
+from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
 from omnistream_jax.utils.metrics import read_metrics
 
@@ -307,11 +309,18 @@ def test_a_broken_picture_is_told_by_its_file(checkpoint, tmp_path):
         ({"data": ""}, "data: expected a directory"),
         ({"data": "embedded"}, "data: the embedded world is the recipe world_objects's"),
         ({"probe": "cifar"}, "probe: expected one of imagenet, .*, got 'cifar'"),
+        ({"probe": "nyuv2"}, r"probe: this config is no config of probe nyuv2 \(it has no field crop, .* more\)"),
         ({"preset": "vjepa2"}, "preset: expected dinov3, paper, got 'vjepa2'"),
         ({"benchmark": "cifar"}, "benchmark: expected one of .*, got 'cifar'"),
         ({"steps": 0}, "steps: expected 1 or more, got 0"),
         ({"batch": 0}, "batch: expected 1 or more, got 0"),
-        ({"seed": -1}, "seed: expected 0 or more"),
+        ({"seed": -1}, r"^seed: expected 0 to 2\*\*32 - 1, got -1"),
+        ({"seed": 2**32}, "^seed: expected 0 to .*, got 4294967296"),
+        ({"time_unit": math.nan}, "time_unit: expected 0 or more, got nan"),
+        ({"loader__workers": -1}, "loader.workers: expected 0 or more, got -1"),
+        ({"loader__prefetch": 0, "loader__workers": 1}, "loader.prefetch: expected 1 or more with loader.workers"),
+        ({"loader__max_failed_fraction": 1.5}, "loader.max_failed_fraction: expected a share, 0 to 1, got 1.5"),
+        ({"loader__max_restarts": -1}, "loader.max_restarts: expected 0 or more, got -1"),
         ({"encode_batch": -1}, "encode_batch: expected 0 or more"),
         ({"evaluate_batch": 0}, "evaluate_batch: expected 1 or more"),
         ({"learning_rates": ()}, "learning_rates: expected numbers, one or more"),
@@ -323,7 +332,7 @@ def test_a_broken_picture_is_told_by_its_file(checkpoint, tmp_path):
         ({"size": 12}, "size: expected a multiple of the patch, 8 pixels, got 12"),
         ({"resize": 8}, r"resize: expected size \(16\) or more, got 8"),
         ({"mesh__data": 3}, "mesh.data: .*devices"),
-        ({"compute_dtype": "int4"}, "dtype: expected float32"),
+        ({"compute_dtype": "int4"}, "^compute_dtype: expected one of auto, float32, .*, got 'int4'"),
     ],
 )
 def test_fields_that_cannot_work_are_told_by_name(checkpoint, data, tmp_path, changes, message):
@@ -336,6 +345,12 @@ def test_fields_that_cannot_work_are_told_by_name(checkpoint, data, tmp_path, ch
     ("recipe", "changes", "message"),
     [
         ("world_objects", {"scenes": 0}, "scenes: 0, expected 1 or more"),
+        ("world_objects", {"allow_incomplete": True}, "allow_incomplete: nothing of the embedded world can be missing"),
+        ("world_objects", {"world_seed": -1}, "^world_seed: expected 0 to"),
+        ("world_motion", {"validation_seed": -1}, "^validation_seed: expected 0 to"),
+        ("world_objects", {"data": "/d"}, "data: this recipe is the embedded world's; for a directory use :imagenet"),
+        ("world_depth", {"data": "/d"}, "data: this recipe is the embedded world's; for a directory use :nyuv2"),
+        ("world_motion", {"data": "/d"}, "data: this recipe is .*; for a directory use :k400 or :ssv2"),
         ("world_objects", {"benchmark": "imagenet"}, "benchmark: expected '', for nobody published the world's"),
         ("world_depth", {"augmentation.rotation": -1.0}, "augmentation.rotation: -1.0, expected degrees"),
     ],
@@ -358,9 +373,10 @@ def test_presets_fill_what_the_config_leaves_open():
     assert (config.steps, config.batch) == (5, 1024)
 
 
-@pytest.mark.parametrize(
-    "recipe", ["imagenet", "nyuv2", "ade20k", "k400", "ssv2", "world_objects", "world_depth", "world_motion"]
-)
+RECIPES = ("imagenet", "nyuv2", "ade20k", "k400", "ssv2", "world_objects", "world_depth", "world_motion")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_whole(recipe):
     config = config_lib.load(f"{CONFIG}:{recipe}")
     for preset in tuple(config.presets) or ("",):
@@ -368,7 +384,28 @@ def test_every_recipe_is_whole(recipe):
             config.preset = preset
         filled = probe_lib.with_preset(config)
         config_lib.to_plain(filled)
-        assert filled.probe in probe_lib.BUILDERS
+        assert set(probe_lib.PROTOCOLS[filled.probe].FIELDS) <= set(filled)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_protocol_of_another_recipe_is_refused(recipe):
+    given = {"checkpoint": "/model", "output": "/out", "data": "/data"}
+    for other in set(probe_lib.PROTOCOLS) - {config_lib.load(f"{CONFIG}:{recipe}").probe}:
+        with pytest.raises(ConfigError, match=f"^probe: this config is no config of probe {other} "):
+            probe_lib.build(config_lib.load(f"{CONFIG}:{recipe}", {**given, "probe": other}))
+
+
+@pytest.mark.parametrize("recipe", ["world_objects", "world_depth", "world_motion"])
+def test_the_worlds_scenes_are_of_its_own_seed(recipe):
+    def scenes(**fields):
+        config = probe_lib.with_preset(config_lib.load(f"{CONFIG}:{recipe}", fields))
+        protocol = probe_lib.PROTOCOLS[config.probe].build(
+            config, BackboneConfig(width=32, depth=1, heads=2, mlp_width=64, patch_size=8)
+        )
+        return protocol.train_settings(), protocol.validation().settings()
+
+    assert scenes(seed=1) == scenes()
+    assert not any(one == other for one, other in zip(scenes(world_seed=1), scenes(), strict=True))
 
 
 def test_things_of_the_embedded_world(checkpoint, tmp_path):

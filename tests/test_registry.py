@@ -115,6 +115,8 @@ def test_a_task_of_clips_takes_the_world_by_name():
     batch = data.dataset(0, 0, 1)[0]
     assert batch["global_crops"].shape == (2, 2, 4, 32, 32, 3)
     assert np.std(batch["global_crops"]) > 10
+    (embedded,) = build._data("clips", _clip_task(paths="embedded"), 16, 0).sources
+    assert (embedded.short_side, embedded.frame_rate) == (24, 4.0)
     with pytest.raises(ConfigError, match=r"tasks.clips.paths: world: 'trian' is no split"):
         build._data("clips", _clip_task(paths="world_videos:trian"), 16, 0)
     with pytest.raises(ConfigError, match=r"tasks.clips.paths: world_captions holds captions, expected videos"):

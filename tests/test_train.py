@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TERMS = ("dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy")
 GEOMETRY = ("depth", "rays", "points", "camera")
 CAPTIONS = ("caption", "token_accuracy")
+NAN = float("nan")
 
 
 class _KilledError(Exception):
@@ -136,18 +137,64 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
         ("tasks__image_ssl__paths", "/nowhere/photos", r"tasks.image_ssl.paths: /nowhere/photos"),
         ("tasks__clip_ssl__paths", "", r"tasks.clip_ssl.paths"),
         ("model__preset", "giant", r"model.preset: .*giant"),
-        ("model__rope", "4d", r"rope: .*4d"),
+        ("model__rope", "4d", r"^model.rope: .*4d"),
         ("model__dtype", "int8", r"model.dtype"),
+        ("model__patch_size", -8, r"^model.patch_size: expected a positive number, got -8"),
+        ("model__time_unit", 0.0, r"^model.time_unit: expected a positive number, got 0.0"),
+        ("seed", -1, r"^seed: expected 0 or more, got -1"),
+        ("seed", 2**32, r"^seed: expected 0 to 4294967295"),
+        ("topology", "h100:64", r"^topology: expected none but with job=plan, got 'h100:64'"),
         ("optimizer__warmup_steps", 100, r"optimizer.warmup_steps"),
+        ("optimizer__peak", 0.0, r"^optimizer.peak: expected a positive number, got 0.0"),
+        ("optimizer__final", -1.0, r"^optimizer.final: expected 0 or more, got -1.0"),
+        ("optimizer__clip_norm", NAN, r"^optimizer.clip_norm: expected 0 or more, got nan"),
+        ("optimizer__beta1", 1.0, r"^optimizer.beta1: expected 0 or more, and less than 1, got 1.0"),
+        ("optimizer__beta2", -2.0, r"^optimizer.beta2: expected 0 or more, and less than 1, got -2.0"),
+        ("optimizer__factors", (1, 2), r"^optimizer.factors: expected pairs \(name, 0 or more\), got 1"),
         ("tasks__image_ssl__kind", "sound", r"tasks.image_ssl.kind"),
-        ("tasks__image_ssl__global_size", 33, r"global_size: 33"),
+        ("tasks__image_ssl__weight", -1.0, r"^tasks.image_ssl.weight: expected 0 or more, got -1.0"),
+        ("tasks__caption__weight", NAN, r"^tasks.caption.weight: expected 0 or more, got nan"),
+        ("tasks__image_ssl__global_size", 33, r"^tasks.image_ssl.global_size: 33"),
+        (
+            "tasks__image_ssl__path_weights",
+            (0.0,),
+            r"^tasks.image_ssl.path_weights: expected a positive number for each",
+        ),
+        ("tasks__caption__path_weights", (1.0, 2.0), r"^tasks.caption.path_weights: .* each of the 1 paths, got \(1.0"),
+        ("tasks__clip_ssl__frames", 0, r"^tasks.clip_ssl.frames: 0, expected 1 or more"),
+        ("tasks__clip_ssl__short_side", -5, r"^tasks.clip_ssl.short_side: expected 0 or more, got -5"),
+        ("tasks__clip_ssl__frame_rate", -5.0, r"^tasks.clip_ssl.frame_rate: expected 0 or more, got -5.0"),
+        ("tasks__clip_ssl__stride", (), r"^tasks.clip_ssl.stride: expected \(smallest, largest\), .*, got \(\)"),
+        ("tasks__clip_ssl__stride", ("1", "2"), r"^tasks.clip_ssl.stride: expected \(smallest, largest\)"),
+        ("tasks__clip_ssl__stride", (4, 1), r"^tasks.clip_ssl.stride: expected \(smallest, largest\)"),
         ("tasks__clip_ssl__batch_size", 1, r"tasks.clip_ssl.batch_size: expected 2 or more"),
         ("tasks__image_ssl__local_crops", 0, r"tasks.image_ssl.local_crops"),
         ("self_supervision__gram__first_snapshot", 0, r"self_supervision.gram.first_snapshot"),
         ("self_supervision__rope_jitter", 0.0, r"self_supervision.rope_jitter"),
+        ("self_supervision__local_weight", -0.5, r"^self_supervision.local_weight: expected 0 or more"),
+        ("self_supervision__koleo_weight", NAN, r"^self_supervision.koleo_weight: expected 0 or more"),
+        ("self_supervision__teacher_warmup_steps", -1, r"^self_supervision.teacher_warmup_steps: expected 0 or more"),
+        ("self_supervision__gram__weight", -1.0, r"^self_supervision.gram.weight: expected 0 or more"),
+        (
+            "self_supervision__gram__size",
+            33,
+            r"^self_supervision.gram.size: expected 0, .* model.patch_size 16, got 33",
+        ),
+        ("self_supervision__teacher_temperature", (0.04,), r"^self_supervision.teacher_temperature: .*both positive"),
+        (
+            "self_supervision__teacher_temperature",
+            ("a", "b"),
+            r"^self_supervision.teacher_temperature: .*both positive",
+        ),
         ("self_supervision__teacher_momentum", (0.9, 1.1), r"self_supervision.teacher_momentum"),
         ("checkpoint__every", 0, r"checkpoint.every: expected 1 or more"),
         ("log_every", 0, r"log_every"),
+        ("loader__workers", -1, r"^loader.workers: expected 0 or more, got -1"),
+        ("loader__prefetch", -1, r"^loader.prefetch: expected 0 or more, got -1"),
+        ("loader__max_failed_fraction", 1.5, r"^loader.max_failed_fraction: expected a share, 0 to 1, got 1.5"),
+        ("loader__max_restarts", -1, r"^loader.max_restarts: expected 0 or more, got -1"),
+        ("requeue_exit_code", 2, r"^requeue_exit_code: expected 3 to 125, got 2"),
+        ("requeue_exit_code", 256, r"^requeue_exit_code: expected 3 to 125, got 256"),
         ("model__layer_scale", 0.0, r"model.layer_scale: expected a positive number"),
         (
             "tasks__clip_geometry__paths",
@@ -161,6 +208,14 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
         ),
         ("tasks__clip_geometry__height", 40, r"tasks.clip_geometry.height: expected a multiple of 16, got 40"),
         ("tasks__clip_geometry__crop_scale", (0.0, 1.0), r"tasks.clip_geometry.crop_scale"),
+        (
+            "tasks__clip_geometry__crop_scale",
+            (0.5,),
+            r"^tasks.clip_geometry.crop_scale: expected \(smallest, largest\)",
+        ),
+        ("tasks__clip_geometry__stride", (2,), r"^tasks.clip_geometry.stride: expected \(smallest, .*, got \(2,\)"),
+        ("geometry__layers", ("0", "1", "2", "3"), r"^geometry.layers: expected 4 blocks in their order"),
+        ("geometry__out_channels", (8, 8), r"^geometry.out_channels: expected 4 multiples of 4, got \(8, 8\)"),
         ("geometry__layers", (0, 1, 2, 4), r"geometry.layers: expected blocks 0 to 3"),
         ("geometry__features", 12, r"geometry.features: expected a multiple of 8, got 12"),
         ("geometry__units", "feet", r"geometry.units: expected clip or metres"),
@@ -188,6 +243,21 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
 def test_a_config_that_cannot_work_is_one_clear_error(field, value, message):
     with pytest.raises(ConfigError, match=message):
         train_lib.build(whole_config(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loader__workers": 2, "loader__prefetch": 0}, r"^loader.prefetch: expected 1 or more with loader.workers"),
+        (
+            {"tasks__image_ssl__weight": 0.0, "self_supervision__gram__backbone": "/nowhere"},
+            r"^self_supervision.gram.backbone: there is no Gram teacher",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_one_clear_error(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        train_lib.build(whole_config(**fields))
 
 
 def test_the_gram_term_waits_for_a_snapshot_that_the_run_never_reaches():

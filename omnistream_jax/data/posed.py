@@ -67,12 +67,13 @@ class PosedData(MixtureData[PosedSource]):
         super().__post_init__()
         require_field(self.frames >= 1, "frames", self.frames, "1 or more")
         require_field(len(self.size) == 2 and min(self.size) >= 1, "size", self.size, "(height, width), from 1 on")
-        low, high = self.crop_scale
-        require_field(0 < low <= high <= 1, "crop_scale", self.crop_scale, "(smallest, largest) within 0 to 1")
+        fits = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
+        require_field(fits, "crop_scale", self.crop_scale, "(smallest, largest) within 0 to 1")
         if self.strides is not None and len(self.strides) != len(self.sources):
             raise DataError(f"strides: {len(self.strides)} are given for {len(self.sources)} sources")
-        for low, high in self.strides or ():
-            require_field(1 <= low <= high, "strides", (low, high), "(smallest, largest), from 1 on")
+        for pair in self.strides or ():
+            fits = len(pair) == 2 and 1 <= pair[0] <= pair[1]
+            require_field(fits, "strides", pair, "(smallest, largest), from 1 on")
 
     def stride(self, place: int) -> tuple[int, int]:
         """The smallest and largest stride of source number `place`."""

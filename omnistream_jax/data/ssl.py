@@ -56,7 +56,8 @@ class SelfSupervisedData(MixtureData[Source]):
         super().__post_init__()
         require_field(self.local_crops >= 0, "local_crops", self.local_crops, "0 or more")
         require_field(self.frames >= 1, "frames", self.frames, "1 or more")
-        require_field(1 <= self.stride[0] <= self.stride[1], "stride", self.stride, "(smallest, largest), from 1 on")
+        fits = len(self.stride) == 2 and 1 <= self.stride[0] <= self.stride[1]
+        require_field(fits, "stride", self.stride, "(smallest, largest), from 1 on")
         for source in self.sources:
             limit = source.max_frames
             if limit is not None and self.frames > limit:

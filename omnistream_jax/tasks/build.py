@@ -1,5 +1,7 @@
 """From a config to the backbone, the tasks that train it and how it is updated."""
 
+import math
+
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -28,7 +30,10 @@ def build_backbone(config: ConfigDict) -> Backbone:
     for field in ("layer_scale", "kernel_std"):
         require(model[field] > 0, f"model.{field}", model[field], "a positive number")
         changes[field] = float(model[field])
-    sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), **changes)
+    try:
+        sizes = preset(model.preset, rope=model.rope, time_unit=float(model.time_unit), **changes)
+    except ValueError as error:
+        raise ConfigError(f"model.{str(error).removeprefix('model.')}") from error
     if model.dtype not in ("auto", *_DTYPES):
         raise ConfigError(f"model.dtype: expected auto, {' or '.join(_DTYPES)}, got {model.dtype!r}")
     require(model.remat in REMAT, "model.remat", model.remat, " or ".join(REMAT))
@@ -66,6 +71,7 @@ def build_tasks(config: ConfigDict, backbone: Backbone, gram: BackboneConfig | N
 def _task(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backbone, gram: BackboneConfig | None) -> Task:
     *others, last = KINDS
     require(fields.kind in KINDS, f"tasks.{name}.kind", fields.kind, f"{', '.join(others)} or {last}")
+    require(0 <= fields.weight < math.inf, f"tasks.{name}.weight", fields.weight, "0 or more")
     if fields.kind == "posed":
         return build_geometry(name, fields, config, backbone)
     if fields.kind == "captioned":

@@ -1,7 +1,9 @@
 """What building any task needs: checks of config fields, and the sources that `paths` names."""
 
 import dataclasses
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,6 +32,25 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
         raise ConfigError(f"{field}: expected {expected}, got {value!r}")
 
 
+def require_numbers(
+    field: str, value: Sequence[Any], expected: str, *, count: int = 2, whole: bool = False
+) -> tuple[Any, ...]:
+    """The value of a field as a tuple of `count` finite numbers, whole ones if asked for; ConfigError if it is none."""
+    kinds = int if whole else (int, float)
+    fits = isinstance(value, (tuple, list)) and len(value) == count
+    fits = fits and all(isinstance(each, kinds) and math.isfinite(each) for each in value)
+    require(fits, field, value, expected)
+    return tuple(value)
+
+
+def require_stride(name: str, fields: ConfigDict) -> tuple[int, int]:
+    """The smallest and largest stride of a task's clips. Raises ConfigError where they are none."""
+    field, expected = f"tasks.{name}.stride", "(smallest, largest), whole numbers from 1 on"
+    smallest, largest = require_numbers(field, fields.stride, expected, whole=True)
+    require(1 <= smallest <= largest, field, fields.stride, expected)
+    return smallest, largest
+
+
 def require_whole_batches(name: str, fields: ConfigDict, mesh: ConfigDict) -> None:
     """Raises ConfigError unless every device gets equally many samples of each of a task's micro-batches.
 
@@ -54,8 +75,9 @@ def open_sources(name: str, fields: ConfigDict) -> tuple[tuple[Any, ...], tuple[
     if not sources:
         raise ConfigError(f"tasks.{name}.paths: give {_EXPECTED[fields.kind]}, separated by commas")
     weights = tuple(fields.path_weights)
-    if weights and len(weights) != len(sources):
-        raise ConfigError(f"tasks.{name}.path_weights: {len(weights)} are given for {len(sources)} paths")
+    if weights:
+        field, expected = f"tasks.{name}.path_weights", f"a positive number for each of the {len(sources)} paths"
+        require(min(require_numbers(field, weights, expected, count=len(sources))) > 0, field, weights, expected)
     return sources, weights or None
 
 
@@ -65,6 +87,8 @@ def _source(name: str, fields: ConfigDict, path: str) -> Any:
     dataset, colon, root = path.partition(":")
     sampling = {}
     if kind == "videos":
+        for field in ("short_side", "frame_rate"):
+            require(fields[field] >= 0, f"tasks.{name}.{field}", fields[field], "0 or more")
         sampling = {"short_side": fields.short_side or None, "frame_rate": fields.frame_rate or None}
     try:
         # The world is rendered as large as it is needed.
@@ -73,7 +97,7 @@ def _source(name: str, fields: ConfigDict, path: str) -> Any:
         if path == EMBEDDED and kind == "captions":
             return open_dataset("world_captions", "train", size=fields.size)
         if path == EMBEDDED:
-            return embedded_source(kind, "train")
+            return dataclasses.replace(embedded_source(kind, "train"), **sampling)
         if colon and dataset in ENTRIES:
             if ENTRIES[dataset].kind != kind:
                 raise ConfigError(f"tasks.{name}.paths: {dataset} holds {ENTRIES[dataset].kind}, expected {kind}")

@@ -1,13 +1,22 @@
 """From a config to the task of streaming geometry."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from omnistream_jax.config import ConfigError
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.posed import PosedData
 from omnistream_jax.models.backbone import Backbone
+from omnistream_jax.models.dpt import LEVELS
 from omnistream_jax.models.geometry import GeometryHeads, geometry_config
-from omnistream_jax.tasks.build_fields import open_sources, require, require_whole_batches
+from omnistream_jax.tasks.build_fields import (
+    open_sources,
+    require,
+    require_numbers,
+    require_stride,
+    require_whole_batches,
+)
 from omnistream_jax.tasks.geometry import GeometrySettings, GeometryTask
 
 
@@ -19,7 +28,12 @@ def check_geometry(fields: ConfigDict) -> None:
     require(fields.point_norm in ("l1", "l2"), f"{name}.point_norm", fields.point_norm, "l1 or l2")
     require(fields.rope_jitter > 0, f"{name}.rope_jitter", fields.rope_jitter, "a positive number")
     for term, weight in fields.weights.items():
-        require(weight >= 0, f"{name}.weights.{term}", weight, "0 or more")
+        require(0 <= weight < math.inf, f"{name}.weights.{term}", weight, "0 or more")
+    if fields.layers:
+        expected = f"{LEVELS} blocks in their order, or () for the default"
+        require_numbers(f"{name}.layers", fields.layers, expected, count=LEVELS, whole=True)
+    expected = f"{LEVELS} multiples of 4"
+    require_numbers(f"{name}.out_channels", fields.out_channels, expected, count=LEVELS, whole=True)
 
 
 def build_geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: Backbone) -> GeometryTask:
@@ -40,6 +54,9 @@ def build_geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: 
     except ValueError as error:
         raise ConfigError(f"geometry.{error}") from error
     sources, weights = open_sources(name, fields)
+    expected = "(smallest, largest) within 0 to 1"
+    crop_scale = require_numbers(f"tasks.{name}.crop_scale", fields.crop_scale, expected)
+    strides = (require_stride(name, fields),) * len(sources) if fields.stride else None
     try:
         data = PosedData(
             sources=sources,
@@ -47,8 +64,8 @@ def build_geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: 
             weights=weights,
             frames=fields.frames,
             size=(fields.height, fields.width),
-            strides=(tuple(fields.stride),) * len(sources) if fields.stride else None,
-            crop_scale=tuple(fields.crop_scale),
+            strides=strides,
+            crop_scale=crop_scale,
             colour=fields.colour,
         )
     except DataError as error:

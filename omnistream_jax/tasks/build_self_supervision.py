@@ -1,12 +1,22 @@
 """From a config to a task of self-supervision, on images or on clips."""
 
+import math
+
 from ml_collections import ConfigDict
 
+from omnistream_jax.config import ConfigError
+from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.ssl import SelfSupervisedData
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.heads import DinoHead
 from omnistream_jax.models.presets import BackboneConfig
-from omnistream_jax.tasks.build_fields import open_sources, require, require_whole_batches
+from omnistream_jax.tasks.build_fields import (
+    open_sources,
+    require,
+    require_numbers,
+    require_stride,
+    require_whole_batches,
+)
 from omnistream_jax.tasks.self_supervision import SelfSupervisionSettings, SelfSupervisionTask
 
 
@@ -28,12 +38,16 @@ def check_self_supervision(fields: ConfigDict) -> None:
         require(fields[field] >= 1, f"{name}.{field}", fields[field], "1 or more")
     for field in ("prototype_std", "student_temperature", "rope_jitter"):
         require(fields[field] > 0, f"{name}.{field}", fields[field], "a positive number")
-    temperature, momentum = tuple(fields.teacher_temperature), tuple(fields.teacher_momentum)
-    fits = len(temperature) == 2 and min(temperature) > 0
-    require(fits, f"{name}.teacher_temperature", temperature, "(first, last), both positive")
-    fits = len(momentum) == 2 and 0 <= min(momentum) <= max(momentum) <= 1
-    require(fits, f"{name}.teacher_momentum", momentum, "(first, last), both 0 to 1")
+    for field in ("teacher_warmup_steps", "local_weight", "koleo_weight"):
+        require(0 <= fields[field] < math.inf, f"{name}.{field}", fields[field], "0 or more")
+    field, expected = f"{name}.teacher_temperature", "(first, last), both positive"
+    temperature = require_numbers(field, fields.teacher_temperature, expected)
+    require(min(temperature) > 0, field, temperature, expected)
+    field, expected = f"{name}.teacher_momentum", "(first, last), both 0 to 1"
+    momentum = require_numbers(field, fields.teacher_momentum, expected)
+    require(min(momentum) >= 0 and max(momentum) <= 1, field, momentum, expected)
     gram = fields.gram
+    require(0 <= gram.weight < math.inf, f"{name}.gram.weight", gram.weight, "0 or more")
     require(gram.first_snapshot >= 1, f"{name}.gram.first_snapshot", gram.first_snapshot, "1 or more")
     require(gram.snapshot_every >= 0, f"{name}.gram.snapshot_every", gram.snapshot_every, "0 or more")
 
@@ -78,10 +92,14 @@ def build_self_supervision(
         )
 
     with_gram = fields.kind == "image" and gram is not None
+    patch = backbone.config.patch_size
+    if with_gram:
+        size, expected = shared.gram.size, f"0, or a positive multiple of model.patch_size {patch}"
+        require(size >= 0 and size % patch == 0, "self_supervision.gram.size", size, expected)
     return SelfSupervisionTask(
         name=name,
         weight=fields.weight,
-        data=_data(name, fields, backbone.config.patch_size, shared.gram.size if with_gram else 0),
+        data=_data(name, fields, patch, shared.gram.size if with_gram else 0),
         kind=fields.kind,
         backbone=backbone,
         dino_head=head(),
@@ -93,16 +111,19 @@ def build_self_supervision(
 
 def _data(name: str, fields: ConfigDict, patch_size: int, gram_size: int) -> SelfSupervisedData:
     sources, weights = open_sources(name, fields)
-    clip = {} if fields.kind == "image" else {"frames": fields.frames, "stride": tuple(fields.stride)}
-    return SelfSupervisedData(
-        sources=sources,
-        global_batch_size=fields.batch_size,
-        weights=weights,
-        global_size=fields.global_size,
-        local_size=fields.local_size,
-        local_crops=fields.local_crops,
-        patch_size=patch_size,
-        mask_scheme="blocks" if fields.kind == "image" else "tubes",
-        gram_size=gram_size or None,
-        **clip,
-    )
+    clip = {} if fields.kind == "image" else {"frames": fields.frames, "stride": require_stride(name, fields)}
+    try:
+        return SelfSupervisedData(
+            sources=sources,
+            global_batch_size=fields.batch_size,
+            weights=weights,
+            global_size=fields.global_size,
+            local_size=fields.local_size,
+            local_crops=fields.local_crops,
+            patch_size=patch_size,
+            mask_scheme="blocks" if fields.kind == "image" else "tubes",
+            gram_size=gram_size or None,
+            **clip,
+        )
+    except DataError as error:
+        raise ConfigError(f"tasks.{name}.{error}") from error

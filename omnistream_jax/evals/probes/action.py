@@ -31,7 +31,16 @@ from omnistream_jax.data.probes.action import (
 from omnistream_jax.data.probes.clip_views import Sampling, SpatialViews, TrainingView
 from omnistream_jax.data.probes.rand_augment import parse_rand_augment
 from omnistream_jax.data.probes.world_motion import open_world_motion
-from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Heads, Probe, Variables, heads_of
+from omnistream_jax.evals.probes.base import (
+    EMBEDDED,
+    Encode,
+    Evaluation,
+    Heads,
+    Probe,
+    Variables,
+    check_world,
+    heads_of,
+)
 from omnistream_jax.evals.probes.classes import TOP, class_evaluation
 from omnistream_jax.evals.probes.engine import batched
 from omnistream_jax.evals.probes.optimizers import AdamW
@@ -43,6 +52,11 @@ from omnistream_jax.models.presets import BackboneConfig
 # what clip_views.py calls a field -> what the config does
 _FIELDS = {"window": "validation_window", "scale": "crop_scale"}
 FEATURES = ("clip", "frame")
+FIELDS = (
+    *("size", "frames", "features", "probe_heads", "probe_depth", "initial_probe", "remat", "warmup_steps"),
+    *("shuffle_frames", "validation_seed", "best_evaluation", "rand_augment", "crop_scale", "flip_probability"),
+    "erase_probability",
+)
 
 
 def video_tokens(encode: Encode, frames: jax.Array, segments: int) -> jax.Array:
@@ -199,6 +213,7 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ActionProbe:
         DataError: the data do not.
         WeightsError: `initial_probe` cannot be read.
     """
+    check_world(config, "world_motion", ":k400 or :ssv2")
     if config.size < backbone.patch_size or config.size % backbone.patch_size:
         raise ValueError(f"size: expected a multiple of the patch, {backbone.patch_size} pixels, got {config.size}")
     if config.probe_heads < 1 or backbone.width % config.probe_heads:
@@ -261,8 +276,6 @@ def _head(
 
 def _sources(config: ConfigDict) -> tuple[ActionSource, ActionSource]:
     if config.data == EMBEDDED:
-        if "scenes" not in config:
-            raise ValueError("data: the embedded world is the recipe world_motion's; expected a directory")
         shape = (config.frames, config.size, config.world_seed)
         return (
             open_world_motion("train", config.scenes, *shape),

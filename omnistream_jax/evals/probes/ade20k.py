@@ -36,6 +36,10 @@ from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.probes import LinearSegmentation, bilinear_matrix
 
 LOSS_MEANS = ("all", "labelled")
+FIELDS = (
+    *("loss_mean", "dropout", "size", "window", "stride", "augmentation", "warmup_steps", "warmup_ratio"),
+    *("schedule_lag", "beta1", "beta2", "clip_norm", "best_evaluation"),
+)
 _SHOWN = 4  # samples in the picture
 _LOSS_CHUNKS = 8  # parts of the rows, one after another: all logits of a batch of 16 are 2.5 GB a head
 _ROWS, _COLUMNS = 128, 256  # labels come in blocks of so many rows, and widths are multiples: few programs

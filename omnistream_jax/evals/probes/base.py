@@ -2,6 +2,7 @@
 
 N: clips of a batch, T: frames, H x W: pixels, or H alone: heads. A probe's module has
 
+    FIELDS: tuple[str, ...]       that `build` reads of every config, besides those of all probes
     build(config: ConfigDict, backbone: BackboneConfig) -> Probe
 
 which checks the fields that it reads: ValueError("field: expected ..., got ...") where one does not fit, DataError
@@ -35,6 +36,25 @@ argument, for what such a function closes over is compiled into its program.
 
 EMBEDDED = "embedded"
 """As `config.data`: the rendered world that comes with the package."""
+
+
+def check_world(config: ConfigDict, world: str, published: str) -> None:
+    """Raises ValueError where a recipe of the embedded world is given a folder, or another one the embedded world.
+
+    The world is also always complete.
+
+    Args:
+        config: whose fields say which recipe it is of.
+        world: the recipe of the embedded world.
+        published: those of data sets.
+    """
+    embedded, of_world = config.data == EMBEDDED, "scenes" in config
+    if embedded and not of_world:
+        raise ValueError(f"data: the embedded world is the recipe {world}'s; expected a directory")
+    if of_world and not embedded:
+        raise ValueError(f"data: this recipe is the embedded world's; for a directory use {published}")
+    if embedded and config.allow_incomplete:
+        raise ValueError("allow_incomplete: nothing of the embedded world can be missing; expected False, got True")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,16 @@ from omnistream_jax.data.probes.labelled import (
     check_same_classes,
     image_folder,
 )
-from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Heads, Probe, Variables, heads_of
+from omnistream_jax.evals.probes.base import (
+    EMBEDDED,
+    Encode,
+    Evaluation,
+    Heads,
+    Probe,
+    Variables,
+    check_world,
+    heads_of,
+)
 from omnistream_jax.evals.probes.classes import TOP, class_evaluation
 from omnistream_jax.evals.probes.engine import batched
 from omnistream_jax.evals.probes.optimizers import Sgd
@@ -34,6 +43,7 @@ from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.probes import LinearClassifier
 
 FEATURES = ("cls+mean", "cls", "mean")
+FIELDS = ("features", "size", "resize", "warmup_steps", "momentum")
 
 
 def pooled(out: BackboneOutput, kind: str) -> jax.Array:
@@ -136,6 +146,7 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ImageProbe:
         ValueError: a field does not fit.
         DataError: the data do not.
     """
+    check_world(config, "world_objects", ":imagenet")
     if config.features not in FEATURES:
         raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {config.features!r}")
     if config.size < backbone.patch_size or config.size % backbone.patch_size:
@@ -159,9 +170,7 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> ImageProbe:
 
 def _sources(config: ConfigDict) -> tuple[LabelledSource, LabelledSource]:
     if config.data == EMBEDDED:
-        if "scenes" not in config:
-            raise ValueError("data: the embedded world is the recipe world_objects's; expected a directory")
-        fields = {name: config[name] for name in ("render_size", "margin", "smallest", "seed")}
+        fields = {name: config[name] for name in ("render_size", "margin", "smallest")} | {"seed": config.world_seed}
         return WorldObjects("train", config.scenes, **fields), WorldObjects("heldout", config.heldout_scenes, **fields)
     train, heldout = (
         image_folder(config.data, split, config.classes, count, config.allow_incomplete)

@@ -19,7 +19,7 @@ from omnistream_jax.data.probes.depth import DepthAugmentation, DepthData, Depth
 from omnistream_jax.data.probes.nyuv2 import open_nyuv2
 from omnistream_jax.data.probes.world_depth import open_world_depth
 from omnistream_jax.evals.image_depth_metrics import ImageDepthMetrics, image_depth_metrics, mean_of_images
-from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Variables, heads_of
+from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Variables, check_world, heads_of
 from omnistream_jax.evals.probes.dense import (
     DenseProbe,
     all_heads,
@@ -36,6 +36,10 @@ from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.probes import LinearDepth, resize_bilinear
 
 CROPS = ("eigen", "none")
+FIELDS = (
+    *("crop", "min_depth", "max_depth", "bins", "images_per_loss", "warmup_steps", "start_divisor", "end_divisor"),
+    *("beta1", "beta2", "clip_norm", "variance_from", "flip", "size", "augmentation"),
+)
 _SHOWN = 4  # samples in the picture
 _DIVERGED = ImageDepthMetrics(math.nan, math.nan, math.nan)
 
@@ -164,6 +168,7 @@ def build(config: ConfigDict, backbone: BackboneConfig) -> DepthProbe:
         ValueError: a field does not fit.
         DataError: the data do not.
     """
+    check_world(config, "world_depth", ":nyuv2")
     if config.crop not in CROPS:
         raise ValueError(f"crop: expected one of {', '.join(CROPS)}, got {config.crop!r}")
     if not 0 < config.min_depth < config.max_depth:
@@ -198,8 +203,6 @@ def _sources(config: ConfigDict) -> tuple[DepthSource, DepthSource]:
     if config.data != EMBEDDED:
         options = {"size": tuple(config.size), "incomplete": config.allow_incomplete}
         return tuple(open_nyuv2(config.data, split, **options) for split in ("train", "test"))
-    if "scenes" not in config:
-        raise ValueError("data: the embedded world is the recipe world_depth's; expected a directory")
-    fields = {"frames": config.frames, "size": config.size, "seed": config.seed}
+    fields = {"frames": config.frames, "size": config.size, "seed": config.world_seed}
     train = open_world_depth("train", config.scenes, **fields)
     return train, open_world_depth("heldout", config.heldout_scenes, **fields)
