@@ -9,18 +9,21 @@ from omnistream_jax.utils.metrics import read_metrics
 
 STEPS, SAVED = 10, 4
 TOY = {"steps": STEPS, "checkpoint__every": SAVED, "checkpoint__keep_last": 9}
-# The real model of two tasks, which look across the batch or not. Compiled in a hurry.
+# The real model of two tasks, which look across the batch or not. Compiled in a hurry. Its features differ: else the
+# nearest neighbours of KoLeo hang on the last bits.
 REAL = TOY | {"real": True, "tasks__clip_ssl__weight": 0.0, "tasks__image_ssl__batch_size": 8}
 REAL |= {
     "tasks__clip_geometry__weight": 1.0,
     "tasks__clip_geometry__batch_size": 8,
     "self_supervision__gram__weight": 0.0,
+    "model__kernel_std": 0.09,
+    "model__layer_scale": 1.0,
 }
 
 
 def fake_devices(count):
     options = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return {**options, "OMP_NUM_THREADS": "1"}
+    return {**options, "OMP_NUM_THREADS": "1", "NPROC": "64"}  # threads that may wait for others: see mesh_cases.py
 
 
 def cut_back(workdir, copy):
@@ -32,8 +35,10 @@ def cut_back(workdir, copy):
 
 
 def assert_goes_on_alike(whole, resumed):
-    losses, again = ([row["loss"] for row in read_metrics(path / "metrics.jsonl")][:STEPS] for path in (whole, resumed))
-    assert len(again) == STEPS
+    losses, again = (
+        [row["loss"] for row in read_metrics(path / "metrics.jsonl") if "loss" in row] for path in (whole, resumed)
+    )
+    assert len(losses) == len(again) == STEPS
     assert again[:SAVED] == losses[:SAVED]
     assert again[SAVED] == pytest.approx(losses[SAVED], rel=1e-6)
     assert again[SAVED + 1 :] == pytest.approx(losses[SAVED + 1 :], rel=1e-4)
