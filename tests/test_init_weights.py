@@ -76,7 +76,7 @@ def test_one_error_tells_all_that_does_not_fit(stage1):
     assert "  ema/dino_head/last_layer/kernel: expected float32[16,48], it holds float32[16,32]" in lines
     assert "  ema/ibot_head/last_layer/kernel: expected float32[16,48], it holds float32[16,32]" in lines
     assert sum(line.startswith("  ema/decoder/") for line in lines) >= 3
-    assert "  model.time_unit: it was trained with 16, this run has 8" in lines
+    assert "  model.time_unit: it was trained with 16.0, this run has 8.0" in lines
     assert "  geometry.units: it was trained with clip, this run has metres" in lines
     assert len(lines) < 10, "and nothing else"
 
