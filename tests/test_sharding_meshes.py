@@ -69,7 +69,7 @@ def assert_equal_curves(rows: list[dict[str, float]], expected: list[dict[str, f
 
 
 def test_bfloat16_on_a_mesh_is_near_one_device():
-    """Sums are made in another order and each device rounds its own; measured below."""
+    """Sums are made in another order and each device rounds its own."""
     program = """
         import json, sys
         import mesh_cases
