@@ -302,7 +302,7 @@ def test_the_batch_job_hands_its_arguments_on_and_heeds_another_status(tmp_path)
 
 
 STEPS = """
---config.steps=24 --config.log_every=1 --config.checkpoint.every=1000
+--config.steps=24 --config.log_every=1 --config.checkpoint.every=1000 --config.mesh.data=-1
 --config.tasks.clip_ssl.weight=0 --config.tasks.clip_geometry.weight=0 --config.tasks.caption.weight=0
 --config.tasks.image_ssl.batch_size=4 --config.tasks.image_ssl.global_size=32 --config.tasks.image_ssl.local_size=16
 --config.self_supervision.prototypes=32 --config.self_supervision.head_hidden=32
