@@ -23,7 +23,7 @@ from omnistream_jax.optim import Optimizer
 from omnistream_jax.sharding import host_copy, make_mesh, put_on_mesh, state_shardings
 from omnistream_jax.step import TrainState, init_params, init_state
 from omnistream_jax.tasks.build import build_backbone, build_optimizer, build_tasks, trains, trains_gram
-from omnistream_jax.tasks.build_fields import require
+from omnistream_jax.tasks.build_fields import check_loader, require
 from omnistream_jax.tasks.caption import CaptionTask
 from omnistream_jax.tasks.task import Params, Task
 from omnistream_jax.weights import find_checkpoint, restore_weights, taken_parts
@@ -138,11 +138,7 @@ def _check(config: ConfigDict) -> None:
     require(config.seed < 2**32, "seed", config.seed, f"0 to {2**32 - 1}")
     code = config.requeue_exit_code  # 1 and 2 mean errors (main.py), more than 125 a signal, and 256 would be 0
     require(3 <= code <= 125, "requeue_exit_code", code, "3 to 125")
-    loader = config.loader
-    share = loader.max_failed_fraction
-    require(0 <= share <= 1, "loader.max_failed_fraction", share, "a share, 0 to 1")
-    ahead = loader.prefetch >= 1 or loader.workers == 0
-    require(ahead, "loader.prefetch", loader.prefetch, "1 or more with loader.workers")
+    check_loader(config.loader)
     patch = build_backbone(config).config.patch_size
     for field in ("picture_size", "retrieval_size", "geometry_size"):
         side = config.evaluation[field]

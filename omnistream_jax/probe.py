@@ -32,6 +32,7 @@ from omnistream_jax.evals.probes.sweep_plots import plot_sweep
 from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
 from omnistream_jax.model import dtype_of, load
 from omnistream_jax.sharding import batch_shards, make_mesh
+from omnistream_jax.tasks.build_fields import check_loader
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
 from omnistream_jax.utils.lock import WorkdirLock
@@ -213,19 +214,11 @@ def _check(config: ConfigDict) -> None:
     for name in _SEEDS:
         if name in config and not 0 <= config[name] < 2**32:
             raise ConfigError(f"{name}: expected 0 to 2**32 - 1, got {config[name]}")
-    _check_loader(config.loader)
+    check_loader(config.loader)
     for name in ("learning_rates", "weight_decays"):
         values = config[name]
         if not values or not all(isinstance(value, (int, float)) for value in values):
             raise ConfigError(f"{name}: expected numbers, one or more, as (1e-3, 1e-2), got {values!r}")
-
-
-def _check_loader(loader: ConfigDict) -> None:
-    """What is left to check of fields that are not all read with `augment` False."""
-    if loader.max_failed_fraction > 1:
-        raise ConfigError(f"loader.max_failed_fraction: expected a share, 0 to 1, got {loader.max_failed_fraction}")
-    if loader.workers and not loader.prefetch:
-        raise ConfigError("loader.prefetch: expected 1 or more with loader.workers, got 0")
 
 
 # Training

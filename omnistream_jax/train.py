@@ -40,7 +40,7 @@ from omnistream_jax.watch import Watch
 # A resumed run may differ in these; they do not change what is computed (the mesh: but for its rounding).
 _MAY_CHANGE = (
     *("log_every", "checkpoint", "loader", "evaluation", "compilation_cache", "mesh"),
-    *("max_nonfinite_steps", "requeue_exit_code", "distributed", "pictures_every", "profile", "topology", "evaluators"),
+    *("max_nonfinite_steps", "requeue_exit_code", "distributed", "pictures_every", "profile", "evaluators"),
 )
 _TERMINAL = (
     *("loss", "dino_global", "dino_local", "ibot_image", "ibot_clip", "koleo", "gram", "teacher_entropy"),
@@ -51,7 +51,7 @@ _LESS_MEMORY = "smaller tasks.*.batch_size, more tasks.*.micro_batches, model.re
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; the message names the step, the task and the batch."""
+    """The run cannot go on; the message says why."""
 
 
 def train(config: ConfigDict, workdir: Path) -> None:

@@ -39,6 +39,11 @@ def test_cudnn_is_taken_for_what_it_can_compute(dtype, width, capability, path):
     assert attention_path(jnp.dtype(dtype), width, "cuda", capability) == path
 
 
+@pytest.mark.parametrize(("dtype", "path"), [("bfloat16", "splash"), ("float32", "xla")])
+def test_splash_attention_is_not_taken_for_float32(dtype, path):
+    assert attention_path(jnp.dtype(dtype), 64, "tpu") == path
+
+
 # Splash attention.
 
 

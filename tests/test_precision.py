@@ -14,6 +14,7 @@ from omnistream_jax.models.heads import DinoHead
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.projector import Projector
 from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config
+from omnistream_jax.ops.cache import empty_cache
 
 BACKBONE = BackboneConfig(width=32, depth=4, heads=2, mlp_width=64, patch_size=8)
 DECODER = Qwen3Config(vocabulary_size=50, width=32, depth=2, heads=2, kv_heads=1, head_width=16, hidden=64)
@@ -77,6 +78,17 @@ def test_a_module_multiplies_as_exactly_as_its_dtype(part, dtype):
     else:  # the last products of camera head and classifier are float32 whatever the rest is
         assert sum(found) <= 3
         assert not all(found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stream_multiplies_as_exactly_as_its_dtype(dtype):
+    backbone = Backbone(BACKBONE, dtype=jnp.dtype(dtype), streaming=True)
+    cache = tuple(empty_cache(1, 2, 9, BACKBONE.heads, BACKBONE.head_width, backbone.dtype) for _ in range(4))
+    inputs = jnp.zeros((1, 1, 16, 16, 3)), cache, jnp.zeros((1,), jnp.int32)
+    params = jax.eval_shape(lambda key: backbone.init(key, *inputs, method="step"), jax.random.key(0))
+    found = precisions(lambda params: backbone.apply(params, *inputs, method="step"), params)
+    assert len(found) > 4 * 6  # of each block four products and two of attention
+    assert set(found) == {dtype == "float32"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

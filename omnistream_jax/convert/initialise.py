@@ -11,6 +11,10 @@ from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.qwen3 import Qwen3Config
 
+# What of a training config sets a field, if anything does.
+_SET_BY = {name: f" (model.{name})" for name in ("rope", "time_unit", "patch_size")}
+_SET_BY |= dict.fromkeys(("width", "depth", "heads", "mlp_width", "mlp", "registers"), " (model.preset)")
+
 
 def initial_backbone(weights: layouts.Weights, config: BackboneConfig, fresh: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a backbone of `config` that start from other weights.
@@ -31,7 +35,7 @@ def initial_backbone(weights: layouts.Weights, config: BackboneConfig, fresh: Ma
     if weights.family == "omnistream":
         sizes += ("rope", "time_unit")
     wrong = [
-        f"{field}: {getattr(weights.config, field)}, the model has {getattr(config, field)}{_told_by(field)}"
+        f"{field}: {getattr(weights.config, field)}, the model has {getattr(config, field)}{_SET_BY.get(field, '')}"
         for field in sizes
         if getattr(weights.config, field) != getattr(config, field)
     ]
@@ -43,14 +47,6 @@ def initial_backbone(weights: layouts.Weights, config: BackboneConfig, fresh: Ma
     if not weights.config.key_bias and config.key_bias:
         params["blocks"]["attention"]["key_bias"] = np.zeros_like(weights.params["blocks"]["attention"]["query_bias"])
     return params
-
-
-def _told_by(field: str) -> str:
-    """Which field of a training config sets a size."""
-    own = ("rope", "time_unit", "patch_size")
-    of_preset = ("width", "depth", "heads", "mlp_width", "mlp", "registers")
-    name = field if field in own else "preset" if field in of_preset else ""
-    return f" (model.{name})" if name else ""
 
 
 def _filled(params: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:

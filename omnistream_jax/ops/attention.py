@@ -47,7 +47,8 @@ def attention_path(dtype: jnp.dtype, head_width: int, platform: str | None = Non
         platform, capability = _platform()
     if platform == "cuda":
         return "cudnn" if _fits_cudnn(dtype, head_width, capability) else "xla"
-    return "splash" if platform == "tpu" else "xla"
+    # Splash attention makes its gradients at the default precision, which is not float32's.
+    return "splash" if platform == "tpu" and jnp.dtype(dtype).itemsize == 2 else "xla"
 
 
 def _fits_cudnn(dtype: jnp.dtype, head_width: int, capability: float) -> bool:

@@ -9,7 +9,7 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.projector import Projector
 from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, decoder_preset
-from omnistream_jax.tasks.build_fields import open_sources, require, require_whole_batches
+from omnistream_jax.tasks.build_fields import data_of_task, open_sources, require, require_whole_batches
 from omnistream_jax.tasks.caption import CaptionTask
 
 
@@ -29,7 +29,7 @@ def build_caption(name: str, fields: ConfigDict, config: ConfigDict, backbone: B
     chat = _chat(config)
     decoder = Qwen3(_decoder_config(shared.decoder, chat), dtype=backbone.dtype, remat=config.model.remat)
     sources, weights = open_sources(name, fields)
-    try:
+    with data_of_task(name):
         data = CaptionData(
             sources=sources,
             global_batch_size=fields.batch_size,
@@ -40,8 +40,6 @@ def build_caption(name: str, fields: ConfigDict, config: ConfigDict, backbone: B
             texts_per_image=fields.texts_per_image,
             size=fields.size,
         )
-    except DataError as error:
-        raise ConfigError(f"tasks.{name}.{error}") from error
     return CaptionTask(
         name=name,
         weight=fields.weight,

@@ -1,9 +1,10 @@
 """What building any task needs: checks of config fields, and the sources that `paths` names."""
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,6 +31,23 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
     """Raises ConfigError, naming a field and what was expected of it, unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field}: expected {expected}, got {value!r}")
+
+
+@contextlib.contextmanager
+def data_of_task(name: str) -> Iterator[None]:
+    """A DataError of the block, which builds a task's data, as a ConfigError with the field's whole name."""
+    try:
+        yield
+    except DataError as error:
+        raise ConfigError(f"tasks.{name}.{error}") from error
+
+
+def check_loader(loader: ConfigDict) -> None:
+    """Raises ConfigError for values of `config.loader`, numbers from 0 on, that cannot be or do not go together."""
+    share = loader.max_failed_fraction
+    require(0 <= share <= 1, "loader.max_failed_fraction", share, "a share, 0 to 1")
+    ahead = loader.prefetch >= 1 or loader.workers == 0
+    require(ahead, "loader.prefetch", loader.prefetch, "1 or more with loader.workers")
 
 
 def require_numbers(

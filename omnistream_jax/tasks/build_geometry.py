@@ -5,12 +5,12 @@ import math
 from ml_collections import ConfigDict
 
 from omnistream_jax.config import ConfigError
-from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.posed import PosedData
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.dpt import LEVELS
 from omnistream_jax.models.geometry import GeometryHeads, geometry_config
 from omnistream_jax.tasks.build_fields import (
+    data_of_task,
     open_sources,
     require,
     require_numbers,
@@ -57,7 +57,7 @@ def build_geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: 
     expected = "(smallest, largest) within 0 to 1"
     crop_scale = require_numbers(f"tasks.{name}.crop_scale", fields.crop_scale, expected)
     strides = (require_stride(name, fields),) * len(sources) if fields.stride else None
-    try:
+    with data_of_task(name):
         data = PosedData(
             sources=sources,
             global_batch_size=fields.batch_size,
@@ -68,8 +68,6 @@ def build_geometry(name: str, fields: ConfigDict, config: ConfigDict, backbone: 
             crop_scale=crop_scale,
             colour=fields.colour,
         )
-    except DataError as error:
-        raise ConfigError(f"tasks.{name}.{error}") from error
     return GeometryTask(
         name=name,
         weight=fields.weight,

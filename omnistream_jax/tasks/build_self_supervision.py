@@ -4,13 +4,12 @@ import math
 
 from ml_collections import ConfigDict
 
-from omnistream_jax.config import ConfigError
-from omnistream_jax.data.errors import DataError
 from omnistream_jax.data.ssl import SelfSupervisedData
 from omnistream_jax.models.backbone import Backbone
 from omnistream_jax.models.heads import DinoHead
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.tasks.build_fields import (
+    data_of_task,
     open_sources,
     require,
     require_numbers,
@@ -112,7 +111,7 @@ def build_self_supervision(
 def _data(name: str, fields: ConfigDict, patch_size: int, gram_size: int) -> SelfSupervisedData:
     sources, weights = open_sources(name, fields)
     clip = {} if fields.kind == "image" else {"frames": fields.frames, "stride": require_stride(name, fields)}
-    try:
+    with data_of_task(name):
         return SelfSupervisedData(
             sources=sources,
             global_batch_size=fields.batch_size,
@@ -125,5 +124,3 @@ def _data(name: str, fields: ConfigDict, patch_size: int, gram_size: int) -> Sel
             gram_size=gram_size or None,
             **clip,
         )
-    except DataError as error:
-        raise ConfigError(f"tasks.{name}.{error}") from error
