@@ -6,8 +6,8 @@ Three axes, of size 1 where they are not used:
     fsdp      batches are split, and so are the parameters (ZeRO-3, Rajbhandari et al. 2020; PyTorch's FSDP)
     tensor    heads, MLPs, prototypes and the vocabulary are split (Shoeybi et al. 2019, "Megatron-LM")
 
-"tensor" talks within a process. `RULES` say what it splits; "fsdp" splits each array along the largest axis that is left
-and that it divides. An array that no axis fits, or of fewer than SMALLEST_SPLIT elements, is a whole copy. One rule
+"tensor" talks within a process. `RULES` say what it splits; "fsdp" splits each array along the largest axis that is
+left and that it divides. An array that no axis fits, or of fewer than SMALLEST_SPLIT elements, is a whole copy. One rule
 holds for a parameter, its gradient, Adam's moments and its copies in the EMA and the Gram teacher, since all bear its
 name. All of them are float32 masters.
 
