@@ -7,9 +7,9 @@ Three axes, of size 1 where they are not used:
     tensor    heads, MLPs, prototypes and the vocabulary are split (Shoeybi et al. 2019, "Megatron-LM")
 
 "tensor" talks within a process. `RULES` say what it splits; "fsdp" splits each array along the largest axis that is
-left and that it divides. An array that no axis fits, or of fewer than SMALLEST_SPLIT elements, is a whole copy. One rule
-holds for a parameter, its gradient, Adam's moments and its copies in the EMA and the Gram teacher, since all bear its
-name. All of them are float32 masters.
+left and that it divides. An array that no axis fits, or of fewer than SMALLEST_SPLIT elements, is a whole copy. One
+rule holds for a parameter, its gradient, Adam's moments and its copies in the EMA and the Gram teacher, since all bear
+its name. All of them are float32 masters.
 
 What a step sends, by design (F: on "fsdp"; on a CPU a reduce-scatter is an all-reduce and a slice):
 
