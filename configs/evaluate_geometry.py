@@ -8,8 +8,9 @@ downloaded; the modules in omnistream_jax/data/benchmarks say in which layouts, 
 The protocol is CUT3R's, which OmniStream's Table 3 names: its sequences and frames, sizes, alignments and averages.
 Sequences and frames are counted before anything is computed, and other counts than the published ones are refused.
 
-Hardware: one device and one process. A CPU is enough for a tiny model; for a ViT-L take a GPU: without a window the
-keys and values of 110 frames of 512 x 384 pixels take 10 GB in bfloat16, and half as much again while they grow.
+Hardware: one device a process; many processes (launch/README.md) share the sequences. A CPU is enough for a tiny model;
+for a ViT-L take a GPU: without a window the keys and values of 110 frames of 512 x 384 pixels take 10 GB in bfloat16,
+and half as much again while they grow.
 On the host one sequence is in memory at a time; 110 depth maps of 640 x 480 are scored in about 3 GB.
 
 Expect a line a sequence, then a table with AbsRel and delta < 1.25 (x 100) of each depth benchmark, ATE, RPE

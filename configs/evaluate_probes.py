@@ -17,7 +17,8 @@ differently is a field, and `preset` sets them all: "paper", or "dinov3" or "vje
 All heads of a sweep (13 learning rates; 5 learning rates x 4 weight decays) are trained at once on the same features.
 Counts of the data are checked before anything is computed, and other counts than the published ones are refused.
 
-Batches are split over all devices; running the same command again goes on from the last checkpoint, to the same bits.
+Batches are split over all devices, of many processes too (launch/README.md), which share what is scored; running the
+same command again goes on from the last checkpoint, to the same bits.
 Exit status: 0 scored, 1 a file is broken or the device cannot do it, 2 a field that cannot work.
 
 OUTPUT/probe.json         every setting, versions, counts, the scores of all heads, the best one, and the paper's, where

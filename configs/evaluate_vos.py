@@ -18,8 +18,9 @@ preset    paper     480p, every video one stream through the key-value cache; th
 A field that is None is the preset's; any other value stays. So `--config.preset=dino --config.features=stream` is
 DINO's protocol over one stream.
 
-Hardware: one device and one process. A CPU is enough for a tiny model; for a ViT-L take a GPU: without a window the
-keys and values of 104 frames of 864 x 480 pixels take 20 GB in bfloat16, and half as much again while they grow.
+Hardware: one device a process; many processes (launch/README.md) share the sequences. A CPU is enough for a tiny model;
+for a ViT-L take a GPU: without a window the keys and values of 104 frames of 864 x 480 pixels take 20 GB in bfloat16,
+and half as much again while they grow.
 
 Expect a line a sequence, then a table with J&F, J and F in percent, the same of first masks that stay where they are,
 and the paper's figure where it may be compared. Exit status: 0 scored, 1 a file is broken or the device cannot do it,

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -24,6 +25,7 @@ from jax._src.distributed import global_state
 
 from omnistream_jax.config import EXIT_ERROR, ConfigError
 from omnistream_jax.launcher import Launch, is_loopback
+from omnistream_jax.utils.agreement import wait_for_all
 
 _FAILED = "omnistream_jax/failed"  # key of the first process that failed
 _LISTEN_SECONDS = 2.0
@@ -64,16 +66,19 @@ class DistributedError(RuntimeError):
 # The start
 
 
-def start(launch: Launch, *, start_seconds: int = 300, heartbeat_seconds: int = 100) -> str:
+def start(
+    launch: Launch, *, start_seconds: int = 300, heartbeat_seconds: int = 100, heeds_notices: bool = False
+) -> str:
     """Connects the processes; call it before anything else asks JAX for its devices, in every process.
 
     From then on a process that is not heard of for `heartbeat_seconds` ends all others, by JAX's own hand: a message
-    and SIGABRT (status 134). SIGTERM is no longer the end of the process but JAX's notice of preemption.
+    and SIGABRT (status 134).
 
     Args:
         launch: of `detect`.
         start_seconds: how long the processes wait for each other.
         heartbeat_seconds: after how long without a sign a process counts as lost.
+        heeds_notices: SIGTERM is no longer the end of the process but JAX's notice of preemption (preemption.py).
 
     Returns:
         "2 processes by SLURM, 4 cpu devices each", and what should be known beside it.
@@ -86,6 +91,7 @@ def start(launch: Launch, *, start_seconds: int = 300, heartbeat_seconds: int = 
         if value < 1:
             raise ConfigError(f"distributed.{name}: expected 1 or more, got {value}")
     use_gpus(launch)
+    jax.config.update("jax_enable_preemption_service", heeds_notices)
     bound = bind_address(launch) if launch.index == 0 and launch.coordinator else None
     if launch.coordinator:
         _keep_off_proxies(launch.coordinator.rpartition(":")[0])
@@ -207,16 +213,16 @@ def with_others() -> bool:
 
 
 @contextlib.contextmanager
-def connected(launch: Launch | None, *, start_seconds: int = 300, heartbeat_seconds: int = 100) -> Iterator[None]:
+def connected(launch: Launch | None, **options: Any) -> Iterator[None]:
     """Around a job that all processes do together: `start`, told by process 0, and `finish`; nothing for None.
 
     SystemExit is an end in good order too: by SIGTERM, when every process has saved. What `start` says of its
-    arguments and errors holds here.
+    arguments, `options` among them, and of its errors holds here.
     """
     if launch is None:
         yield
         return
-    line = start(launch, start_seconds=start_seconds, heartbeat_seconds=heartbeat_seconds)
+    line = start(launch, **options)
     if jax.process_index() == 0:
         print(line, flush=True)
     try:
@@ -237,7 +243,7 @@ def finish() -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            global_state.client.wait_at_barrier("omnistream_jax/finish", _LAST_REPORT_SECONDS * 1000)
+            wait_for_all("finish", _LAST_REPORT_SECONDS)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise DistributedError(f"not all processes came to their end: {reason}") from error

@@ -1,15 +1,18 @@
 """A checkpoint's streaming geometry, by the protocols in evals/video_depth.py and camera_pose.py.
 
-A sequence that is finished has its file of numbers, written aside and renamed, so a killed run costs one sequence.
+A sequence that is finished has its file of numbers, written aside and renamed, so a killed run costs one sequence. Many
+processes share the sequences; each streams its own on its first device.
 """
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from omnistream_jax import config as config_lib
@@ -25,9 +28,9 @@ from omnistream_jax.evals.result_files import ResultFiles, made_by
 from omnistream_jax.evals.video_depth import DepthResult, aggregate_depth, evaluate_video_depth
 from omnistream_jax.geometry_model import CONFIG_NAME, WEIGHTS_NAME, load_geometry
 from omnistream_jax.model import dtype_of
+from omnistream_jax.utils.agreement import from_all, from_first_process, lock_workdir, say, share
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
-from omnistream_jax.utils.lock import WorkdirLock
 
 SUMMARY, SETTINGS = "geometry.json", "settings.json"
 _SHOWN = 4  # frames of a sequence in its picture
@@ -62,13 +65,16 @@ def evaluate(config: ConfigDict) -> int:
     """
     job = build(config)
     summary = job.files.folder / SUMMARY
-    with _explained(job), WorkdirLock(job.files.folder):
+    with _explained(job), lock_workdir(job.files.folder):
         refusal = f"output: {summary.parent} holds results of other settings; use those, or another directory"
-        config_lib.remember_settings(job.files.settings, summary.with_name(SETTINGS), refusal)
+        settings = job.files.settings
+        remember = functools.partial(config_lib.remember_settings, settings, summary.with_name(SETTINGS), refusal)
+        from_first_process(remember, errors=(ConfigError,))
         benchmarks = {benchmark.name: _evaluate_benchmark(job, benchmark) for benchmark in job.benchmarks}
-        content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **made_by()}
-        write_json(summary, content | {"benchmarks": benchmarks})
-    print(geometry_table.geometry_table(benchmarks, config.align), summary, sep="\n", flush=True)
+        if jax.process_index() == 0:
+            content = {"config": config_lib.to_plain(config), "settings": settings, **made_by()}
+            write_json(summary, content | {"benchmarks": benchmarks})
+    say(f"{geometry_table.geometry_table(benchmarks, config.align)}\n{summary}")
     return 1 if any(each["problem"] for each in benchmarks.values()) else 0
 
 
@@ -109,13 +115,15 @@ def build(config: ConfigDict) -> Job:
 
 
 def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:
-    """Every sequence, and their mean."""
+    """Every sequence, and their mean; those of this process's share are evaluated here."""
     files, sequences = job.files, {sequence.name: sequence for sequence in benchmark.sequences}
-    rows = {name: files.read(benchmark, sequence) for name, sequence in sequences.items()}
-    finished = {name for name, row in rows.items() if row is not None}
-    print(f"{benchmark.name}: {benchmark.counts().describe()}; {len(finished)} finished already", flush=True)
+    stored = {name: files.read(benchmark, sequence) for name, sequence in sequences.items()}
+    kept = from_first_process(lambda: [name for name, row in stored.items() if row is not None])
+    say(f"{benchmark.name}: {benchmark.counts().describe()}; {len(kept)} finished already")
+    mine = share({name: len(sequence.frame_paths) for name, sequence in sequences.items() if name not in kept})
+    rows: dict[str, dict[str, Any]] = {}
     began = time.monotonic()
-    for result in _results(job, benchmark, skip=finished):
+    for result in _results(job, benchmark, skip=sequences.keys() - set(mine)):
         metrics = None if result.metrics is None else dataclasses.asdict(result.metrics)
         if files.plots and metrics is not None:
             draw = geometry_plots.plot_depth if benchmark.task == "depth" else geometry_plots.plot_trajectory
@@ -126,6 +134,8 @@ def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:
         told = result.problem or geometry_table.line(benchmark.task, metrics)
         print(f"{benchmark.name} {result.name}: {told} ({result.frames} frames, {row['seconds']:.1f} s)", flush=True)
         began = time.monotonic()
+    rows = {name: row for part in from_all(rows) for name, row in part.items()}
+    rows = {name: rows[name] if name in rows else stored[name] for name in sequences}
     aggregate, problem = None, None
     try:
         aggregate = (aggregate_depth if benchmark.task == "depth" else aggregate_poses)(rows)

@@ -58,6 +58,7 @@ def _train(config: ConfigDict, workdir: str | None, launch: Launch | None) -> No
         launch,
         start_seconds=config.distributed.start_seconds,
         heartbeat_seconds=config.distributed.heartbeat_seconds,
+        heeds_notices=True,
     ):
         train.train(config, Path(workdir or f"runs/{config.name}"))
 
@@ -81,15 +82,21 @@ def _plan(config: ConfigDict, workdir: str | None, launch: Launch | None) -> int
     return plan.plan(config)
 
 
-def _in_one_process(job: str, run: Callable[[ConfigDict], int | None]) -> Job:
-    """A job that writes to `config.output` and knows no other processes."""
+def _evaluating(run: Callable[[ConfigDict], int | None]) -> Job:
+    """A job that writes to `config.output`, of which many processes do shares."""
 
     def start(config: ConfigDict, workdir: str | None, launch: Launch | None) -> int | None:
         _take_output(config, workdir)
-        _require_one_process(job, launch)
-        return run(config)
+        with distributed.connected(launch):
+            return run(config)
 
     return start
+
+
+def _stream(config: ConfigDict, workdir: str | None, launch: Launch | None) -> None:
+    _take_output(config, workdir)
+    _require_one_process("stream", launch)
+    live.stream(config)
 
 
 def _take_output(config: ConfigDict, workdir: str | None) -> None:
@@ -109,10 +116,10 @@ def _require_one_process(job: str, launch: Launch | None) -> None:
 JOBS: dict[str, Job] = {
     "train": _train,
     "extract": _extract,
-    "stream": _in_one_process("stream", live.stream),
-    "evaluate": _in_one_process("evaluate", evaluate.evaluate),
-    "probe": _in_one_process("probe", probe.probe),
-    "propagate": _in_one_process("propagate", propagate.propagate),
+    "stream": _stream,
+    "evaluate": _evaluating(evaluate.evaluate),
+    "probe": _evaluating(probe.probe),
+    "propagate": _evaluating(propagate.propagate),
     "plan": _plan,
 }
 
@@ -122,21 +129,21 @@ _TRAINING = (
     *("tasks", "loader", "log_every", "pictures_every", "profile", "max_nonfinite_steps", "requeue_exit_code"),
     *("distributed", "checkpoint", "evaluation", "evaluators"),
 )
-_STREAM = ("output", "checkpoint", "window", "sinks", "compute_dtype")  # of all that stream frames through a model
+_MODEL = ("output", "checkpoint", "window", "sinks", "compute_dtype")  # of all that stream frames through a model
 FIELDS: dict[str, tuple[str, ...]] = {
     "train": _TRAINING,
     "plan": (*_TRAINING, "topology"),
     "extract": (
-        *(*_ANY, *_STREAM, "input", "frame_rate", "image_rate", "height", "width", "resize", "chunk", "tokens"),
+        *(*_ANY, *_MODEL, "input", "frame_rate", "image_rate", "height", "width", "resize", "chunk", "tokens"),
         *("aspect_ratio", "final", "layers", "dtype", "workers", "prefetch", "log_seconds"),
         *("process_index", "process_count"),
     ),
     "stream": (
-        *(*_ANY, *_STREAM, "input", "height", "width", "resize", "frame_rate", "realtime", "drop_frames", "max_frames"),
+        *(*_ANY, *_MODEL, "input", "height", "width", "resize", "frame_rate", "realtime", "drop_frames", "max_frames"),
         *("cache_dtype", "geometry", "question", "answer", "pca_frames", "record", "video", "viewer", "log_seconds"),
     ),
     "evaluate": (
-        *(*_ANY, *_STREAM, "benchmarks", "allow_incomplete", "align", "pose_source", "long_side", "time_unit"),
+        *(*_ANY, *_MODEL, "benchmarks", "allow_incomplete", "align", "pose_source", "long_side", "time_unit"),
         *("frames_per_step", "plots"),
     ),
     "probe": (
@@ -146,7 +153,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         *("time_unit", "mesh", "loader", "plots"),
     ),
     "propagate": (
-        *(*_ANY, *_STREAM, "predictions", "data", "allow_incomplete", "presets", "preset", "void", "time_unit"),
+        *(*_ANY, *_MODEL, "predictions", "data", "allow_incomplete", "presets", "preset", "void", "time_unit"),
         *("frames_per_step", "world", "plots", "features", "short_side", "rounding", "multiple", "interpolation"),
         *("deviation", "context", "radius", "neighbourhood", "top", "temperature", "upsampling", "flat_channel"),
     ),

@@ -1,7 +1,8 @@
 """Probes on a frozen backbone, from top to bottom: build, restore, step, save, evaluate, report.
 
 Batches are determined by the step, so that a run that was stopped goes on as if it had not been. An evaluation that is
-due follows the checkpoint of its step, and is done again where the run was stopped within it.
+due follows the checkpoint of its step, and is done again where the run was stopped within it. Many processes train as
+one, as in train.py; each evaluates its share of the samples on its own devices.
 """
 
 import contextlib
@@ -10,11 +11,12 @@ import json
 import math
 import operator
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,16 +28,16 @@ from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals import figures, paper_tables
 from omnistream_jax.evals.probes import action, ade20k, imagenet, nyuv2
 from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Probe
-from omnistream_jax.evals.probes.engine import ProbeState, Trainer, init_state, make_encode, read_all
+from omnistream_jax.evals.probes.engine import ProbeState, Trainer, init_state, make_encode, read_share
 from omnistream_jax.evals.probes.steps import FeatureSteps, FrameSteps
 from omnistream_jax.evals.probes.sweep_plots import plot_sweep
 from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
 from omnistream_jax.model import dtype_of, load
-from omnistream_jax.sharding import batch_shards, make_mesh
+from omnistream_jax.sharding import batch_shards, host_copy, make_mesh, mesh_here, put_on_mesh, replicated
 from omnistream_jax.tasks.build_fields import check_loader
+from omnistream_jax.utils.agreement import from_first_process, lock_workdir, say
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
-from omnistream_jax.utils.lock import WorkdirLock
 from omnistream_jax.utils.metrics import MetricsWriter
 from omnistream_jax.utils.versions import versions
 
@@ -67,6 +69,7 @@ class Job:
         probe: the protocol.
         mesh: of the devices that it uses.
         encode: the frozen backbone on it.
+        encode_here: the same on this process's devices of the mesh.
     """
 
     config: ConfigDict
@@ -74,6 +77,7 @@ class Job:
     probe: Probe
     mesh: Mesh
     encode: Encode
+    encode_here: Encode
 
     @property
     def output(self) -> Path:
@@ -96,10 +100,13 @@ def probe(config: ConfigDict) -> int:
         ProbeError: out of memory, stopped, or results that cannot be read or written.
     """
     job = build(config)
-    with _explained(job), WorkdirLock(job.output), jax.set_mesh(job.mesh):
+    with _explained(job), lock_workdir(job.output), jax.set_mesh(job.mesh):
         refusal = f"output: {job.output} holds results of other settings; use those, or another directory"
-        config_lib.remember_settings(job.settings, job.output / SETTINGS, refusal)
+        remember = partial(config_lib.remember_settings, job.settings, job.output / SETTINGS, refusal)
+        from_first_process(remember, errors=(ConfigError,))
         report = _train(job)
+        if jax.process_index() != 0:
+            return 0
         heads, best = job.probe.heads, report.best
         data = {"train": job.probe.train_settings(), "validation": job.probe.validation().settings()}
         complete = all(settings["complete"] for settings in data.values())
@@ -171,8 +178,14 @@ def build(config: ConfigDict) -> Job:
         raise ConfigError(str(error)) from error
     if not config.augment and protocol.train_samples() is None:
         raise ConfigError(f"augment: {config.probe} trains on random views alone; expected True, got False")
+    fewest = min(len(data) for data in (protocol.validation(), protocol.train_samples()) if data is not None)
+    if fewest < jax.process_count():
+        raise ConfigError(f"data: {fewest} samples are too few for {jax.process_count()} processes")
     options = {"clips": config.encode_batch, "frames_alone": protocol.frames_alone}
-    encode = make_encode(model, mesh, time_unit=config.time_unit or None, **options)
+    options["time_unit"] = config.time_unit or None
+    encode = make_encode(model, mesh, **options)
+    here = mesh_here(mesh)
+    encode_here = encode if here is mesh else make_encode(model, here, **options)
     plain = config_lib.to_plain(config)
     settings = {name: value for name, value in plain.items() if name not in (*_MAY_CHANGE, "presets", "job")}
     settings |= {
@@ -180,7 +193,7 @@ def build(config: ConfigDict) -> Job:
         "time_unit": config.time_unit or model.config.time_unit,
         "compute_dtype": model.backbone.dtype.name,
     }
-    return Job(config, settings, protocol, mesh, encode)
+    return Job(config, settings, protocol, mesh, encode, encode_here)
 
 
 def with_preset(config: ConfigDict) -> ConfigDict:
@@ -240,12 +253,15 @@ def _train(job: Job) -> Report:
         report = _read_report(job, start)
         if _due(config, start) and not report.has(start):
             _evaluate(job, state, start, report)
-        metrics = stack.enter_context(MetricsWriter(job.output, config.steps, restored_step=start))
+        metrics = None
+        if jax.process_index() == 0:
+            metrics = stack.enter_context(MetricsWriter(job.output, config.steps, restored_step=start))
         for step in range(start + 1, config.steps + 1):
             state, losses = steps(state, step - 1)
-            if step % config.log_every == 0 or step in (start + 1, config.steps):
+            if metrics is not None and (step % config.log_every == 0 or step in (start + 1, config.steps)):
+                losses = np.asarray(losses)
                 # a head that diverged does not hide the others
-                least, largest = float(jnp.nanmin(losses)), float(losses.max())
+                least, largest = float(np.fmin.reduce(losses)), float(losses.max())
                 metrics.write(step, {"loss": least, "loss_largest": largest})
             due = _due(config, step)
             if due or step % config.checkpoint_every == 0:
@@ -262,7 +278,7 @@ def _steps(job: Job, trainer: Trainer, start: int) -> contextlib.AbstractContext
         return FrameSteps(trainer, job.encode, job.probe.train_data(), config.loader, start)
     path = job.output / "features" / "train.safetensors"
     made_of = {"settings": job.settings, "data": job.probe.train_samples().settings()}
-    return FeatureSteps(trainer, job.encode, config.batch, path, made_of, config.loader.workers)
+    return FeatureSteps(trainer, job.encode_here, config.batch, path, made_of, config.loader.workers)
 
 
 def _restore(checkpoints: Checkpoints, state: ProbeState) -> tuple[ProbeState, int]:
@@ -271,7 +287,7 @@ def _restore(checkpoints: Checkpoints, state: ProbeState) -> tuple[ProbeState, i
     if restored is None:
         return state, 0
     step, state, _ = restored
-    print(f"going on from step {step}", flush=True)
+    say(f"going on from step {step}")
     return state, step
 
 
@@ -284,10 +300,16 @@ def _due(config: ConfigDict, step: int) -> bool:
 
 def _evaluate(job: Job, state: ProbeState, step: int, report: Report) -> None:
     """Score all heads at a step, keep the scores, and draw what belongs to the ones that are reported so far."""
-    protocol = job.probe
-    samples = read_all(protocol.validation(), job.config.loader.workers)
-    evaluation = protocol.evaluate(job.encode, state.variables, samples)
+    protocol, here = job.probe, mesh_here(job.mesh)
+    samples = read_share(protocol.validation(), job.config.loader.workers)
+    variables = state.variables
+    if here is not job.mesh:
+        variables = put_on_mesh(host_copy(variables), jax.tree.map(lambda _: replicated(here), variables))
+    with jax.set_mesh(here):
+        evaluation = protocol.evaluate(job.encode_here, variables, samples)
     report.add(step, evaluation.scores)
+    if jax.process_index() != 0:
+        return
     if job.config.plots and report.step == step:
         _draw(job, evaluation)
     write_json(job.output / EVALUATIONS, {"evaluations": report.rows()})

@@ -1,15 +1,18 @@
 """Video object segmentation by a frozen backbone: labels are handed on from frame to frame, nothing is trained.
 
-A sequence that is finished has its files, written aside and renamed, so a killed run costs one sequence.
+A sequence that is finished has its files, written aside and renamed, so a killed run costs one sequence. Many
+processes share the sequences; each follows its own on its first device.
 """
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -28,9 +31,9 @@ from omnistream_jax.evals.text_table import aligned
 from omnistream_jax.evals.video_segmentation import FeatureReader, FrameRule, segment
 from omnistream_jax.evals.vos_files import VosFiles, read_predictions
 from omnistream_jax.model import dtype_of, load
+from omnistream_jax.utils.agreement import from_all, from_first_process, lock_workdir, say, share
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.files import write_json
-from omnistream_jax.utils.lock import WorkdirLock
 
 SUMMARY, SETTINGS, EMBEDDED = "vos.json", "settings.json", "embedded"
 
@@ -74,11 +77,15 @@ def propagate(config: ConfigDict) -> None:
     """
     job = build(config)
     summary = job.files.folder / SUMMARY
-    with _explained(job), WorkdirLock(job.files.folder):
+    with _explained(job), lock_workdir(job.files.folder):
         refusal = f"output: {summary.parent} holds results of other settings; use those, or another directory"
-        config_lib.remember_settings(dict(job.files.settings), summary.with_name(SETTINGS), refusal)
+        settings = dict(job.files.settings)
+        remember = functools.partial(config_lib.remember_settings, settings, summary.with_name(SETTINGS), refusal)
+        from_first_process(remember, errors=(ConfigError,))
         rows = _all_rows(job)
-        content = {"config": config_lib.to_plain(config), "settings": job.files.settings, **made_by()}
+        if jax.process_index() != 0:
+            return
+        content = {"config": config_lib.to_plain(config), "settings": settings, **made_by()}
         content |= {"data": job.videos.settings(), **_aggregate(rows), "published": _published(job)}
         write_json(summary, content | {"sequences": rows})
     print(_table(job, rows, content), summary, sep="\n", flush=True)
@@ -148,22 +155,26 @@ def _segmenter(config: ConfigDict, fields: Mapping[str, Any], videos: MaskedVide
 
 
 def _all_rows(job: Job) -> dict[str, dict[str, Any]]:
-    """The numbers of every sequence, in the order of the data."""
-    sequences, files = job.videos.sequences, job.files
-    # Another program's masks are scored anew each time: nothing tells whether they are still the same.
-    rows = {sequence.name: files.read(sequence) if job.segmenter else None for sequence in sequences}
-    finished = sum(row is not None for row in rows.values())
+    """The numbers of every sequence, in the order of the data; of this process's share they are made here."""
+    sequences, files = {sequence.name: sequence for sequence in job.videos.sequences}, job.files
+
+    def finished() -> list[str]:
+        # Another program's masks are scored anew each time: nothing tells whether they are still the same.
+        return [name for name, sequence in sequences.items() if job.segmenter and files.read(sequence) is not None]
+
+    kept = from_first_process(finished)
     numbers = ", ".join(f"{job.videos.counts[name]:,} {name}" for name in ("sequences", "frames", "objects"))
-    print(f"{job.videos.name}: {numbers}; {finished} sequences finished already", flush=True)
-    for sequence in sequences:
-        if rows[sequence.name] is None:
-            began = time.monotonic()
-            row = _evaluate(job, sequence)
-            row |= {"seconds": round(time.monotonic() - began, 3), **made_by()}
-            rows[sequence.name] = files.write(sequence, row)
-            told = f"{_line(row)} ({row['frames']} frames, {row['seconds']:.1f} s)"
-            print(f"{job.videos.name} {sequence.name}: {told}", flush=True)
-    return rows
+    say(f"{job.videos.name}: {numbers}; {len(kept)} sequences finished already")
+    rows = {}
+    for name in share({name: len(sequence) for name, sequence in sequences.items() if name not in kept}):
+        began = time.monotonic()
+        row = _evaluate(job, sequences[name])
+        row |= {"seconds": round(time.monotonic() - began, 3), **made_by()}
+        rows[name] = files.write(sequences[name], row)
+        told = f"{_line(row)} ({row['frames']} frames, {row['seconds']:.1f} s)"
+        print(f"{job.videos.name} {name}: {told}", flush=True)
+    rows = {name: row for part in from_all(rows) for name, row in part.items()}
+    return {name: rows[name] if name in rows else files.read(sequence) for name, sequence in sequences.items()}
 
 
 def _evaluate(job: Job, sequence: MaskedSequence) -> dict[str, Any]:

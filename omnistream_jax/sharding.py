@@ -139,6 +139,14 @@ def lay_out(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     return mesh
 
 
+def mesh_here(mesh: Mesh) -> Mesh:
+    """The mesh, where it is of this process alone; else this process's devices of it, all along "data"."""
+    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    if len(here) == mesh.size:
+        return mesh
+    return lay_out({"data": len(here), "fsdp": 1, "tensor": 1}, here)
+
+
 def _within_processes(mesh: Mesh) -> bool:
     """Whether the devices along "tensor" are of one process each time: they share the rows that it loads."""
     groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
@@ -165,12 +173,13 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch, on its own devices, as arrays over the whole mesh.
+    """This process's rows of a batch, on its own devices, as arrays over the whole mesh: of all processes, or its own.
 
     Raises:
         ValueError: a process's devices do not hold so many rows; the message names both shapes.
     """
-    sharding, count = split_batch(mesh), jax.process_count()
+    sharding = split_batch(mesh)
+    count = len({device.process_index for device in mesh.devices.flat})
 
     def place(rows: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, rows, (count * rows.shape[0], *rows.shape[1:]))

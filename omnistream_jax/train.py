@@ -30,7 +30,7 @@ from omnistream_jax.report import Trained, pictures, report
 from omnistream_jax.sharding import global_batch, host_copy
 from omnistream_jax.step import TrainState, make_accumulate, make_update, merge_metrics, zero_gradients
 from omnistream_jax.tasks.build import teacher_schedule
-from omnistream_jax.utils.agreement import from_first_process, lock_workdir
+from omnistream_jax.utils.agreement import from_first_process, lock_workdir, say
 from omnistream_jax.utils.device_memory import full_device_told
 from omnistream_jax.utils.metrics import MetricsWriter
 from omnistream_jax.utils.step_deadline import StepDeadline
@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         from_first_process(lambda: _remember(config, workdir, checkpoints), errors=(config_lib.ConfigError,))
         state, start, counters = _restore(checkpoints, run.state)
         with _open_metrics(config, workdir, start) as metrics:
-            saver = Saver(checkpoints, counters, _say, last_saved=start)
+            saver = Saver(checkpoints, counters, say, last_saved=start)
             guard = FiniteGuard(counters, config.max_nonfinite_steps, workdir)
             try:
                 state = _run_steps(config, run, workdir, state, start, saver, guard, preemption, metrics, evaluators)
@@ -94,7 +94,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 raise TrainingError(str(error)) from error
             trained = _trained(run, state)  # every process gives its part; from then on each ends for itself
             preemption.nothing_to_save()
-            report(config, trained, workdir, metrics, _say)
+            report(config, trained, workdir, metrics, say)
 
 
 @contextlib.contextmanager
@@ -130,9 +130,9 @@ def _restore(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, i
     if restored is None:
         return state, 0, Counters()
     step, state, metadata = restored
-    _say(f"going on from step {step}")
+    say(f"going on from step {step}")
     if metadata["versions"] != versions():
-        _say(f"it was saved by {_named(metadata['versions'])}; this is {_named(versions())}")
+        say(f"it was saved by {_named(metadata['versions'])}; this is {_named(versions())}")
     return state, step, Counters(**metadata["counters"])
 
 
@@ -159,7 +159,7 @@ def _run_steps(
         evaluate(state, start)
     with (
         StepDeadline(config.distributed.step_deadline_seconds) as deadline,
-        Profiler(workdir / "profile", **config.profile, say=_say) as profiler,
+        Profiler(workdir / "profile", **config.profile, say=say) as profiler,
         build_pipeline(
             {task.name: task.data for task in run.tasks},
             seed=config.seed,
@@ -243,7 +243,7 @@ def _open_evaluators(config: ConfigDict, run: Run) -> RunEvaluators | None:
         raise config_lib.ConfigError(f"evaluators.every: expected 0 or more, got {fields.every}")
     if fields.every:
         make = functools.partial(RunEvaluators, fields, run.backbone.config.patch_size)
-        _say(f"evaluators: reading {fields.train_images:,} + {fields.test_images:,} pictures ({fields.paths})")
+        say(f"evaluators: reading {fields.train_images:,} + {fields.test_images:,} pictures ({fields.paths})")
         try:
             from_first_process(lambda: opened.append(make()), errors=(DataError, ValueError))
         except DataError:
@@ -266,7 +266,7 @@ def _evaluate(
 
 def _tell_programs(run: Run, workdir: Path, programs: Sequence[Program]) -> None:
     flops = {task.name: task_flops(task).total for task in run.tasks}
-    _say(table(programs, flops))
+    say(table(programs, flops))
     if jax.process_index() == 0:
         with unless_disk_full("the memory of the programs could not be written"):
             write_programs(workdir / "programs.json", programs, flops, run.mesh.size)
@@ -294,13 +294,8 @@ def _named(made_by: Mapping[str, str]) -> str:
 def _print_counts(run: Run) -> None:
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in run.state.params.items()}
     for name, count in counts.items():
-        _say(f"{name:12} {count:13,} parameters")
+        say(f"{name:12} {count:13,} parameters")
     unused = jax.device_count() - run.mesh.size
     devices = f"{run.mesh.size} {jax.default_backend()} device(s)"
     devices += f"; {unused} more are not used (config.mesh)" if unused else ""
-    _say(f"{'together':12} {sum(counts.values()):13,} parameters, on {devices}")
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)
+    say(f"{'together':12} {sum(counts.values()):13,} parameters, on {devices}")

@@ -18,7 +18,7 @@ def main(workdir: str, fields: str, *distributed: str) -> None:
     if distributed:
         port, processes, index = map(int, distributed)
         launch = Launch("flags", processes, index, f"127.0.0.1:{port}", one_machine=True)
-    with connected(launch, heartbeat_seconds=20):
+    with connected(launch, heartbeat_seconds=20, heeds_notices=True):
         import fault_cases  # these ask for devices
         import training_cases
 

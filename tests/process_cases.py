@@ -97,7 +97,7 @@ def main(mode: str, culprit: int) -> int:
     if mode == "fails mutely":
         os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stderr.fileno())
     launch = launcher.detect(os.environ, jax.config.jax_platforms)
-    with distributed.connected(launch, start_seconds=60, heartbeat_seconds=10):
+    with distributed.connected(launch, start_seconds=60, heartbeat_seconds=10, heeds_notices=mode != "terminates"):
         index = jax.process_index()
         if mode.endswith("notice"):
             take_notice(mode, index == culprit)
@@ -117,6 +117,8 @@ def main(mode: str, culprit: int) -> int:
                     raise ConfigError("a file is missing on this machine")
                 if mode == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if mode == "terminates":
+                    os.kill(os.getpid(), signal.SIGTERM)
                 if mode == "stops":
                     os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(0.02)

@@ -1,6 +1,7 @@
 """Which launcher it is, the start and the end of many processes."""
 
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def test_the_processes_of_an_extraction_share_its_items_and_are_not_connected(mo
     assert not distributed.with_others()
 
 
-@pytest.mark.parametrize("job", ["stream", "evaluate"])
+@pytest.mark.parametrize("job", ["stream", "plan"])
 def test_jobs_for_one_process_refuse_more(job):
     with pytest.raises(ConfigError, match=f"job {job}: works in one process, got 4 by SLURM"):
         jobs.run_job(ConfigDict({"job": job}), None, Launch("SLURM", 4, 3, "gpu03:61443"))
@@ -279,6 +280,15 @@ def test_a_stopped_process_ends_the_other_within_the_heartbeat(culprit):
     _, (other, told, seconds) = end_of("stops", culprit)
     assert other == -6  # SIGABRT, by JAX
     assert "heartbeat" in told.lower()
+    assert seconds < 15
+
+
+@pytest.mark.slow
+def test_sigterm_ends_jobs_that_heed_no_notice():
+    (status, _), (other, told, seconds) = end_of("terminates", 1)
+    assert status == -signal.SIGTERM
+    assert other != 0
+    assert "after" not in told
     assert seconds < 15
 
 

@@ -12,7 +12,7 @@ from backbone_cases import random_frames, random_model
 
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals.probes.base import Heads
-from omnistream_jax.evals.probes.engine import Trainer, batched, init_state, make_encode, read_all
+from omnistream_jax.evals.probes.engine import Trainer, batched, init_state, make_encode, read_share
 from omnistream_jax.evals.probes.feature_cache import FeatureBatches, cached_arrays
 from omnistream_jax.evals.probes.imagenet import ImageProbe
 from omnistream_jax.evals.probes.optimizers import Sgd
@@ -161,7 +161,7 @@ class Numbers:
 
 def test_samples_come_in_order_in_batches_that_are_filled_up():
     seen = []
-    for batch, real in batched(read_all(Numbers(7), 2), 3):
+    for batch, real in batched(read_share(Numbers(7), 2), 3):
         assert batch["frames"].shape == (3, 1, 2, 2, 3)
         assert real.shape == (3,)
         seen += np.asarray(batch["label"])[real].tolist()
@@ -172,7 +172,7 @@ def test_samples_come_in_order_in_batches_that_are_filled_up():
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_broken_sample_is_told_by_its_file(threads):
     with pytest.raises(DataError, match=r"number\.JPEG"):
-        list(read_all(Numbers(5, bad=3), threads))
+        list(read_share(Numbers(5, bad=3), threads))
 
 
 # Features in files

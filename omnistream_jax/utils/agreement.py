@@ -1,17 +1,36 @@
 """What the processes of one run must agree on, so that none waits for another that has given up."""
 
 import contextlib
+import io
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+
+# The public face of jax.distributed has no barrier that needs no device.
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from omnistream_jax.utils.lock import WorkdirLock, WorkdirLockedError
+
+_PATIENCE_SECONDS = 24 * 3600  # a process that dies ends the wait of the others
+_waits = itertools.count()
+
+
+def wait_for_all(name: str = "", seconds: int = _PATIENCE_SECONDS) -> None:
+    """Until all processes have come here, however far apart: the devices are not asked, which lose patience sooner.
+
+    Args:
+        name: of the place; "": the next of those that all come to in the same order.
+        seconds: after which it raises RuntimeError.
+    """
+    if jax.process_count() > 1:
+        global_state.client.wait_at_barrier(f"omnistream_jax/{name or next(_waits)}", seconds * 1000)
 
 
 def any_process(flag: bool) -> bool:
@@ -28,14 +47,54 @@ def shared_message(message: str | None) -> str | None:
     """
     if jax.process_count() == 1:
         return message
-    text = np.frombuffer((message or "").encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([len(text)])).ravel()
-    if not sizes.any():
+    texts = _gathered((message or "").encode())
+    if not any(texts):
         return None
-    texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text))))
-    first = int(np.flatnonzero(sizes)[0])
-    told = texts[first, : sizes[first]].tobytes().decode()
-    return told if sizes.all() else f"process {first}: {told}"
+    first = next(index for index, text in enumerate(texts) if text)
+    told = texts[first].decode()
+    return told if all(texts) else f"process {first}: {told}"
+
+
+def share(sizes: Mapping[str, float]) -> list[str]:
+    """The names of what this process is to do, the largest first: of so many things of such sizes, every so many-th.
+
+    Every process gives the same `sizes`.
+    """
+    by_size = sorted(sizes, key=lambda name: -sizes[name]) if jax.process_count() > 1 else list(sizes)
+    return by_size[jax.process_index() :: jax.process_count()]
+
+
+def from_all(value: Any) -> list[Any]:
+    """The JSON values of all processes, in their order, in every process; all call it together."""
+    if jax.process_count() == 1:
+        return [value]
+    return [json.loads(content) for content in _gathered(json.dumps(value).encode())]
+
+
+def arrays_from_all(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The arrays of all processes, as `from_all`; they keep their types, 64 bits too, and pass through a device."""
+    if jax.process_count() == 1:
+        return [dict(arrays)]
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return [dict(np.load(io.BytesIO(content), allow_pickle=False)) for content in _gathered(file.getvalue())]
+
+
+def _gathered(content: bytes) -> list[bytes]:
+    """Of each process; they may come to it at different times."""
+    wait_for_all()
+    own = np.frombuffer(content, np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(own)])).ravel()
+    if not sizes.any():
+        return [b""] * len(sizes)
+    rows = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - len(own))))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+def say(line: str) -> None:
+    """Prints what every process knows, in process 0 alone."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 @logging.skip_log_prefix

@@ -34,6 +34,7 @@ from omnistream_jax.evals.probes.windows import Windows, plan_windows
 from omnistream_jax.evals.segmentation_metrics import confusion_matrix, segmentation_metrics
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.probes import LinearSegmentation, bilinear_matrix
+from omnistream_jax.utils.agreement import arrays_from_all
 
 LOSS_MEANS = ("all", "labelled")
 FIELDS = (
@@ -99,6 +100,7 @@ class SegmentationProbe(DenseProbe):
                 confusions[head] += confusion_matrix(predicted, truth, classes, IGNORED)
             if len(examples) < _SHOWN:
                 examples.append((sample, labels))
+        confusions = sum(part["confusions"] for part in arrays_from_all({"confusions": confusions}))
         metrics = [segmentation_metrics(confusion) for confusion in confusions]
         names = ("miou", "pixel_accuracy", "mean_accuracy")
         scores = [{name: getattr(metric, name) for name in names} for metric in metrics]

@@ -200,17 +200,19 @@ class Trainer:
 
 
 def batched(samples: Iterable[Mapping[str, np.ndarray]], size: int) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Batches of equal size on the devices: arrays [size, ...], split over the present mesh (`jax.set_mesh`).
+    """Batches of equal size on the devices: arrays [size, ...], split over the present mesh of this process's devices.
 
     Args:
         samples: whose arrays have the same names and shapes.
-        size: of a batch; made a multiple of the devices that share it.
+        size: of a batch of all processes, of which this one's is its share; made a multiple of its devices.
 
     Yields:
         A batch, and bool [size], which of its rows are samples: the last batch is filled up with copies of its last.
     """
     mesh = jax.sharding.get_mesh()
-    size = math.ceil(size / batch_shards(None if mesh.empty else mesh)) * batch_shards(None if mesh.empty else mesh)
+    if not mesh.empty:
+        shards = batch_shards(mesh)
+        size = math.ceil(size / (jax.process_count() * shards)) * shards
     samples = iter(samples)
     while some := list(itertools.islice(samples, size)):
         real = np.arange(size) < len(some)
@@ -219,10 +221,14 @@ def batched(samples: Iterable[Mapping[str, np.ndarray]], size: int) -> Iterator[
         yield (jax.tree.map(jnp.asarray, batch) if mesh.empty else global_batch(batch, mesh)), real
 
 
-def read_all(data: ValidationData, threads: int) -> Iterator[dict[str, np.ndarray]]:
-    """All samples in order, read ahead by so many threads, at least one. Raises DataError as `data.sample`."""
+def read_share(data: ValidationData, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's samples in order, read ahead by so many threads, at least one.
+
+    Processes have equal parts of all samples, to within one, one after the other. Raises DataError as `data.sample`.
+    """
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(threads, _READ_AHEAD))
-    return iter(grain.MapDataset.source(_Samples(data)).to_iter_dataset(options))
+    first, end = (len(data) * part // jax.process_count() for part in (jax.process_index(), jax.process_index() + 1))
+    return iter(grain.MapDataset.source(_Samples(data))[first:end].to_iter_dataset(options))
 
 
 @dataclasses.dataclass(frozen=True)

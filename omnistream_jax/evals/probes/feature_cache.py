@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from omnistream_jax.convert.files import WeightsError, read_tensor_file
+from omnistream_jax.utils.agreement import any_process, from_first_process, say, wait_for_all
 from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.tensor_file import read_metadata, write_tensors
 
@@ -21,24 +23,51 @@ def cached_arrays(
     path: Path,
     made_of: Mapping[str, Any],
     compute: Callable[[], dict[str, np.ndarray]],
-    say: Callable[[str], None] = print,
+    tell: Callable[[str], None] = say,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `path`, or of `compute`, which are then stored there.
+    """The arrays of `path`, or of `compute`, which are then stored there. All processes call it together.
+
+    Of many processes each computes and stores a part, which the first joins; all read the whole.
 
     Args:
-        path: a safetensors file; its folder is made.
+        path: a safetensors file, which all processes see; its folder is made.
         made_of: JSON values, all that the arrays depend on.
-        compute: arrays by name, of types that NumPy itself has.
-        say: is told what is read or made.
+        compute: arrays by name, of types that NumPy itself has: this process's rows of them.
+        tell: is told what is read or made.
     """
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    if path.exists():
-        arrays, problem = _read(path, key)
-        if arrays is not None:
-            say(f"{path}: features of an earlier run")
-            return arrays
-        say(f"{path}: {problem}; they are made anew")
-    arrays = compute()
+    arrays = _stored(path, key, tell)
+    count = jax.process_count()
+    if count == 1:
+        return _store(path, key, compute()) if arrays is None else arrays
+    if not any_process(arrays is None):
+        return arrays
+    parts = [path.with_name(f"{path.stem}-{index}-of-{count}{path.suffix}") for index in range(count)]
+    mine = parts[jax.process_index()]
+    if _stored(mine, key, tell) is None:
+        _store(mine, key, compute())
+    wait_for_all()
+
+    def join() -> None:
+        read = [read_tensor_file(part) for part in parts]
+        _store(path, key, {name: np.concatenate([arrays[name] for arrays in read]) for name in read[0]})
+        for part in parts:
+            part.unlink()
+
+    from_first_process(join)
+    return read_tensor_file(path)
+
+
+def _stored(path: Path, key: str, tell: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+    """The arrays of `path`; None where there is no file, or, which is told, one that cannot be used."""
+    if not path.exists():
+        return None
+    arrays, problem = _read(path, key)
+    tell(f"{path}: features of an earlier run" if arrays is not None else f"{path}: {problem}; they are made anew")
+    return arrays
+
+
+def _store(path: Path, key: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         write_tensors(aside, arrays, {"key": key, "digest": _digest(arrays)})

@@ -34,6 +34,7 @@ from omnistream_jax.evals.probes.sweep_report import best_of
 from omnistream_jax.losses.sig import grouped_sig_loss
 from omnistream_jax.models.presets import BackboneConfig
 from omnistream_jax.models.probes import LinearDepth, resize_bilinear
+from omnistream_jax.utils.agreement import arrays_from_all
 
 CROPS = ("eigen", "none")
 FIELDS = (
@@ -41,7 +42,7 @@ FIELDS = (
     *("beta1", "beta2", "clip_norm", "variance_from", "flip", "size", "augmentation"),
 )
 _SHOWN = 4  # samples in the picture
-_DIVERGED = ImageDepthMetrics(math.nan, math.nan, math.nan)
+_DIVERGED = dataclasses.astuple(ImageDepthMetrics(math.nan, math.nan, math.nan))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +105,19 @@ class DepthProbe(DenseProbe):
         With `flip`, "rmse", "abs_rel" and "a1" are those of the mean of both views, which DINOv3 takes at the final
         test alone; "rmse_one_view" and so on are what it shows while it trains.
         """
-        scored, examples = [], []
+        images, examples = [], []
         for sample, maps in self._predictions(encode, variables, samples):
-            scored += [[self._score(maps[..., t, :, :], truth) for t, truth in enumerate(sample["depth"])]]
+            images += [self._score(maps[..., t, :, :], truth) for t, truth in enumerate(sample["depth"])]
             if len(examples) < _SHOWN:
                 examples.append((sample, maps[0, :, 0]))
-        images = [image for frames in scored for image in frames]  # of each image: [views][heads]
-        scores = [self._means([image[0][head] for image in images], "") for head in range(len(self.heads))]
+        views = 2 if self.flip else 1
+        images = np.array([image for image in images if image is not None], np.float64)
+        parts = arrays_from_all({"images": images.reshape(-1, views, len(self.heads), len(_DIVERGED))})
+        images = np.concatenate([part["images"] for part in parts])
+        scores = [self._means(images[:, 0, head], "") for head in range(len(self.heads))]
         if self.flip:
             for head, score in enumerate(scores):
-                score |= self._means([image[1][head] for image in images], "_one_view")
+                score |= self._means(images[:, 1, head], "_one_view")
         best = best_of(scores, self.score, self.higher_is_better)
         shown = [
             DepthExample(
@@ -131,18 +135,26 @@ class DepthProbe(DenseProbe):
         run = partial(_predict, self.head, self.patch_size, self.flip, encode, variables)
         return run_batched(((sample, sample["frames"]) for sample in samples), self.evaluate_batch, run)
 
-    def _score(self, maps: np.ndarray, truth: np.ndarray) -> list[list[ImageDepthMetrics | None]]:
-        """The metrics of one image, [views][heads], from maps [views, heads, H, W]; a head that diverged has NaN."""
-        limits = {"min_depth": self.head.min_depth, "max_depth": self.head.max_depth, "crop": self.crop}
+    def _score(self, maps: np.ndarray, truth: np.ndarray) -> list[list[tuple[float, ...]]] | None:
+        """The metrics of one image, [views][heads][M], from maps [views, heads, H, W]; a head that diverged has NaN.
 
-        def score(one: np.ndarray) -> ImageDepthMetrics | None:
-            return image_depth_metrics(one, truth, **limits) if np.isfinite(one).all() else _DIVERGED
+        None if no pixel is valid.
+        """
+        limits = {"min_depth": self.head.min_depth, "max_depth": self.head.max_depth, "crop": self.crop}
+        if image_depth_metrics(np.ones_like(truth), truth, **limits) is None:
+            return None
+
+        def score(one: np.ndarray) -> tuple[float, ...]:
+            if not np.isfinite(one).all():
+                return _DIVERGED
+            return dataclasses.astuple(image_depth_metrics(one, truth, **limits))
 
         return [[score(one) for one in view] for view in maps]
 
     @staticmethod
-    def _means(images: list[ImageDepthMetrics | None], suffix: str) -> dict[str, float]:
-        return {f"{name}{suffix}": value for name, value in dataclasses.asdict(mean_of_images(images)).items()}
+    def _means(images: np.ndarray, suffix: str) -> dict[str, float]:
+        means = mean_of_images(ImageDepthMetrics(*image.tolist()) for image in images)
+        return {f"{name}{suffix}": value for name, value in dataclasses.asdict(means).items()}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

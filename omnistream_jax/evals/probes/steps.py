@@ -10,9 +10,9 @@ import numpy as np
 
 from omnistream_jax.data.pipeline import TaskData, build_pipeline
 from omnistream_jax.evals.probes.base import Encode
-from omnistream_jax.evals.probes.engine import FRAMES, ProbeState, Trainer, batched, read_all
+from omnistream_jax.evals.probes.engine import FRAMES, ProbeState, Trainer, batched, read_share
 from omnistream_jax.evals.probes.feature_cache import FeatureBatches, cached_arrays
-from omnistream_jax.sharding import global_batch
+from omnistream_jax.sharding import global_batch, mesh_here
 
 _FEATURE, _TARGET = "features/", "targets/"  # begin the names of arrays in a file of features
 
@@ -30,7 +30,8 @@ class FrameSteps:
 
     def __init__(self, trainer: Trainer, encode: Encode, data: TaskData, loader: Mapping[str, Any], start: int):
         self._trainer, self._encode = trainer, encode
-        self._pipeline = build_pipeline({"probe": data}, seed=trainer.seed, start_step=start, **loader)
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self._pipeline = build_pipeline({"probe": data}, seed=trainer.seed, start_step=start, **processes, **loader)
         try:
             self._next = self._batch()  # its shapes are asked for before the first step
         except BaseException:
@@ -58,7 +59,8 @@ class FrameSteps:
     def __exit__(self, *_: type[BaseException] | BaseException | types.TracebackType | None) -> None:
         for source, reasons in self._pipeline.skipped.items():
             counts = ", ".join(f"{count:,} x {reason}" for reason, count in sorted(reasons.items()))
-            print(f"skipped of {source}: {counts}", flush=True)
+            who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+            print(f"{who}skipped of {source}: {counts}", flush=True)
         self._pipeline.close()
 
 
@@ -67,7 +69,7 @@ class FeatureSteps:
 
     Args:
         trainer: of the heads, whose probe has `train_samples`.
-        encode: the frozen backbone.
+        encode: the frozen backbone, on this process's devices alone: each process encodes its share.
         size: samples of a batch.
         path: of the file.
         made_of: JSON values, all that the features depend on.
@@ -91,7 +93,9 @@ class FeatureSteps:
 
     def __call__(self, state: ProbeState, step: int) -> tuple[ProbeState, jax.Array]:
         """The state after a step, from 0, and the losses [H]."""
-        batch = global_batch(self._batches.batch(step), self._trainer.mesh)
+        rows = slice(jax.process_index(), None, jax.process_count())
+        batch = {name: array[rows] for name, array in self._batches.batch(step).items()}
+        batch = global_batch(batch, self._trainer.mesh)
         return self._trainer.step_on_features(state, *self._split(batch))
 
     def _split(self, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -100,9 +104,14 @@ class FeatureSteps:
         return jax.tree.unflatten(self._tree, leaves), targets
 
     def _compute(self) -> dict[str, np.ndarray]:
-        """Features, floats of them as float32, and targets of all samples."""
+        """Features, floats of them as float32, and targets of this process's samples."""
         rows: dict[str, list[np.ndarray]] = {}
-        for batch, real in batched(read_all(self._samples, self._threads), self._size):
+        with jax.set_mesh(mesh_here(self._trainer.mesh)):
+            self._encode_share(rows)
+        return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+    def _encode_share(self, rows: dict[str, list[np.ndarray]]) -> None:
+        for batch, real in batched(read_share(self._samples, self._threads), self._size):
             features = jax.tree.leaves(self._trainer.features(self._encode, batch.pop(FRAMES)))
             named = {f"{_FEATURE}{number}": leaf for number, leaf in enumerate(features)}
             named |= {f"{_TARGET}{name}": array for name, array in batch.items()}
@@ -110,7 +119,6 @@ class FeatureSteps:
                 array = np.asarray(array)[real]
                 wide = name.startswith(_FEATURE) and jax.numpy.issubdtype(array.dtype, np.floating)
                 rows.setdefault(name, []).append(array.astype(np.float32) if wide else array)
-        return {name: np.concatenate(parts) for name, parts in rows.items()}
 
     def __enter__(self) -> "FeatureSteps":
         return self
