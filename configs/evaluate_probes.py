@@ -69,8 +69,8 @@ def _shared() -> ConfigDict:
     config.batch = placeholder(int)  # samples a step, over all devices
 
     # False: train on the view of the validation, without anything random. Features are then encoded once and kept in
-    # OUTPUT/features; for small sets, which must fit the host's memory. The fields of random views do nothing then, nor
-    # do those of `loader` but `workers`.
+    # OUTPUT/features; for small sets, which must fit the host's memory, of each process (twice while they are made).
+    # The fields of random views do nothing then, nor do those of `loader` but `workers`.
     config.augment = True
 
     config.evaluate_every = 0  # steps; 0: at the end alone
@@ -84,7 +84,8 @@ def _shared() -> ConfigDict:
     # accelerators, float32 on a CPU.
     config.compute_dtype = "auto"
 
-    # How many devices share the work in which way (sharding.py): data splits batches, fsdp also the backbone.
+    # How many devices share the work in which way (sharding.py): data splits batches, fsdp also the backbone (but what
+    # many processes score passes a whole copy on each device).
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # As in configs/pretrain.py: processes that make batches, and what happens when samples or they fail. Samples to be
     # scored, and with augment False those to be trained on, are read by `workers` threads, one at least, and one that

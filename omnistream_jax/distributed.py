@@ -23,7 +23,7 @@ import jax
 # The public face of jax.distributed has no key-value store and no barrier; Orbax takes them from here too.
 from jax._src.distributed import global_state
 
-from omnistream_jax.config import EXIT_ERROR, ConfigError
+from omnistream_jax.config import EXIT_ERROR, EXIT_REQUEUE, ConfigError
 from omnistream_jax.launcher import Launch, is_loopback
 from omnistream_jax.utils.agreement import wait_for_all
 
@@ -268,6 +268,29 @@ def ending_all_on_failure() -> Iterator[None]:
         elif not isinstance(error, KeyboardInterrupt):
             _tell(traceback.format_exc().rstrip())
         _exit(_tell_others(status))
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Around a job that keeps what is finished: SIGTERM ends it, in every process, with EXIT_REQUEUE.
+
+    Not where `start` heeds notices. For the main thread; elsewhere it does nothing.
+    """
+
+    def end(*_: object) -> None:
+        os.write(2, b"SIGTERM: the run ends here; the same command goes on from what is finished\n")
+        if with_others():
+            _exit(_tell_others(EXIT_REQUEUE))
+        raise SystemExit(EXIT_REQUEUE)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _tell_others(status: int) -> int:

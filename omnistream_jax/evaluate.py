@@ -117,8 +117,12 @@ def build(config: ConfigDict) -> Job:
 def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:
     """Every sequence, and their mean; those of this process's share are evaluated here."""
     files, sequences = job.files, {sequence.name: sequence for sequence in benchmark.sequences}
-    stored = {name: files.read(benchmark, sequence) for name, sequence in sequences.items()}
-    kept = from_first_process(lambda: [name for name, row in stored.items() if row is not None])
+
+    def finished() -> dict[str, dict[str, Any]]:
+        stored = {name: files.read(benchmark, sequence) for name, sequence in sequences.items()}
+        return {name: row for name, row in stored.items() if row is not None}
+
+    kept = from_first_process(finished)
     say(f"{benchmark.name}: {benchmark.counts().describe()}; {len(kept)} finished already")
     mine = share({name: len(sequence.frame_paths) for name, sequence in sequences.items() if name not in kept})
     rows: dict[str, dict[str, Any]] = {}
@@ -134,8 +138,8 @@ def _evaluate_benchmark(job: Job, benchmark: Benchmark) -> dict[str, Any]:
         told = result.problem or geometry_table.line(benchmark.task, metrics)
         print(f"{benchmark.name} {result.name}: {told} ({result.frames} frames, {row['seconds']:.1f} s)", flush=True)
         began = time.monotonic()
-    rows = {name: row for part in from_all(rows) for name, row in part.items()}
-    rows = {name: rows[name] if name in rows else stored[name] for name in sequences}
+    rows = kept | {name: row for part in from_all(rows) for name, row in part.items()}
+    rows = {name: rows[name] for name in sequences}
     aggregate, problem = None, None
     try:
         aggregate = (aggregate_depth if benchmark.task == "depth" else aggregate_poses)(rows)

@@ -87,7 +87,7 @@ def _evaluating(run: Callable[[ConfigDict], int | None]) -> Job:
 
     def start(config: ConfigDict, workdir: str | None, launch: Launch | None) -> int | None:
         _take_output(config, workdir)
-        with distributed.connected(launch):
+        with distributed.connected(launch), distributed.ending_on_sigterm():
             return run(config)
 
     return start

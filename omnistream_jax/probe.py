@@ -33,7 +33,7 @@ from omnistream_jax.evals.probes.steps import FeatureSteps, FrameSteps
 from omnistream_jax.evals.probes.sweep_plots import plot_sweep
 from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
 from omnistream_jax.model import dtype_of, load
-from omnistream_jax.sharding import batch_shards, host_copy, make_mesh, mesh_here, put_on_mesh, replicated
+from omnistream_jax.sharding import batch_shards, copies_here, make_mesh, mesh_here
 from omnistream_jax.tasks.build_fields import check_loader
 from omnistream_jax.utils.agreement import from_first_process, lock_workdir, say
 from omnistream_jax.utils.device_memory import full_device_told
@@ -68,7 +68,7 @@ class Job:
         settings: JSON values, all that the results depend on besides the data.
         probe: the protocol.
         mesh: of the devices that it uses.
-        encode: the frozen backbone on it.
+        encode: the frozen backbone on it, where `config.augment` is True.
         encode_here: the same on this process's devices of the mesh.
     """
 
@@ -181,11 +181,11 @@ def build(config: ConfigDict) -> Job:
     fewest = min(len(data) for data in (protocol.validation(), protocol.train_samples()) if data is not None)
     if fewest < jax.process_count():
         raise ConfigError(f"data: {fewest} samples are too few for {jax.process_count()} processes")
-    options = {"clips": config.encode_batch, "frames_alone": protocol.frames_alone}
-    options["time_unit"] = config.time_unit or None
-    encode = make_encode(model, mesh, **options)
-    here = mesh_here(mesh)
-    encode_here = encode if here is mesh else make_encode(model, here, **options)
+    options = {"time_unit": config.time_unit or None, "frames_alone": protocol.frames_alone}
+    here, clips = mesh_here(mesh), math.ceil(config.encode_batch / jax.process_count())
+    encode = encode_here = make_encode(model, here, clips=clips, **options)
+    if config.augment and here is not mesh:
+        encode = make_encode(model, mesh, clips=config.encode_batch, **options)
     plain = config_lib.to_plain(config)
     settings = {name: value for name, value in plain.items() if name not in (*_MAY_CHANGE, "presets", "job")}
     settings |= {
@@ -304,7 +304,7 @@ def _evaluate(job: Job, state: ProbeState, step: int, report: Report) -> None:
     samples = read_share(protocol.validation(), job.config.loader.workers)
     variables = state.variables
     if here is not job.mesh:
-        variables = put_on_mesh(host_copy(variables), jax.tree.map(lambda _: replicated(here), variables))
+        variables = copies_here(variables, here)
     with jax.set_mesh(here):
         evaluation = protocol.evaluate(job.encode_here, variables, samples)
     report.add(step, evaluation.scores)

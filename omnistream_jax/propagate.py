@@ -158,9 +158,11 @@ def _all_rows(job: Job) -> dict[str, dict[str, Any]]:
     """The numbers of every sequence, in the order of the data; of this process's share they are made here."""
     sequences, files = {sequence.name: sequence for sequence in job.videos.sequences}, job.files
 
-    def finished() -> list[str]:
-        # Another program's masks are scored anew each time: nothing tells whether they are still the same.
-        return [name for name, sequence in sequences.items() if job.segmenter and files.read(sequence) is not None]
+    def finished() -> dict[str, dict[str, Any]]:
+        if not job.segmenter:  # scored anew each time: nothing tells whether another program's masks are the same
+            return {}
+        stored = {name: files.read(sequence) for name, sequence in sequences.items()}
+        return {name: row for name, row in stored.items() if row is not None}
 
     kept = from_first_process(finished)
     numbers = ", ".join(f"{job.videos.counts[name]:,} {name}" for name in ("sequences", "frames", "objects"))
@@ -173,8 +175,8 @@ def _all_rows(job: Job) -> dict[str, dict[str, Any]]:
         rows[name] = files.write(sequences[name], row)
         told = f"{_line(row)} ({row['frames']} frames, {row['seconds']:.1f} s)"
         print(f"{job.videos.name} {name}: {told}", flush=True)
-    rows = {name: row for part in from_all(rows) for name, row in part.items()}
-    return {name: rows[name] if name in rows else files.read(sequence) for name, sequence in sequences.items()}
+    rows = kept | {name: row for part in from_all(rows) for name, row in part.items()}
+    return {name: rows[name] for name in sequences}
 
 
 def _evaluate(job: Job, sequence: MaskedSequence) -> dict[str, Any]:

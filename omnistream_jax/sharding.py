@@ -269,11 +269,23 @@ def put_on_mesh(tree: Any, shardings: Any) -> Any:
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(leaf, jax.Array):
+        on_it_already = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if on_it_already or (isinstance(leaf, jax.Array) and sharding.is_fully_addressable):
             return jax.device_put(leaf, sharding)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def copies_here(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that lie whole on every device of a larger mesh, as arrays on `mesh_here` of it; nothing is copied."""
+
+    def take(leaf: jax.Array) -> jax.Array:
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), parts)
+
+    return jax.tree.map(take, tree)
 
 
 def host_copy(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 it is. In the end MODE comes to the process CULPRIT; process 0 is the one that connects the others.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -97,7 +98,11 @@ def main(mode: str, culprit: int) -> int:
     if mode == "fails mutely":
         os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stderr.fileno())
     launch = launcher.detect(os.environ, jax.config.jax_platforms)
-    with distributed.connected(launch, start_seconds=60, heartbeat_seconds=10, heeds_notices=mode != "terminates"):
+    terminates = mode == "terminates"
+    with (
+        distributed.connected(launch, start_seconds=60, heartbeat_seconds=10, heeds_notices=not terminates),
+        distributed.ending_on_sigterm() if terminates else contextlib.nullcontext(),
+    ):
         index = jax.process_index()
         if mode.endswith("notice"):
             take_notice(mode, index == culprit)

@@ -1,5 +1,7 @@
 """Which launcher it is, the start and the end of many processes."""
 
+import contextlib
+import os
 import re
 import signal
 import socket
@@ -7,15 +9,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 from process_cases import run_two
 
 from omnistream_jax import distributed, jobs, launcher
-from omnistream_jax.config import ConfigError
+from omnistream_jax.config import ConfigError, load
 from omnistream_jax.launcher import Launch, detect, first_node, tasks_of_node
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # As seen in steps of SLURM 22.05 (tests/slurm_cases.py): two nodes, two tasks and two GPUs on each.
 STEP = {
     "SLURM_JOB_ID": "4099",
@@ -208,6 +212,30 @@ def test_jobs_for_one_process_refuse_more(job):
         jobs.run_job(ConfigDict({"job": job}), None, Launch("SLURM", 4, 3, "gpu03:61443"))
 
 
+@pytest.mark.parametrize("name", ["evaluate_geometry", "evaluate_probes", "evaluate_vos"])
+def test_the_processes_of_an_evaluation_are_connected(name, monkeypatch):
+    launches = []
+
+    @contextlib.contextmanager
+    def connected(launch):
+        launches.append(launch)
+        yield
+
+    monkeypatch.setattr(distributed, "connected", connected)
+    launch = Launch("SLURM", 4, 3, "gpu03:61443")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ConfigError, match="expected a directory, got none"):
+        jobs.run_job(load(str(CONFIGS / f"{name}.py"), {}), None, launch)
+    assert launches == [launch]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_an_evaluation_by_itself_with_75():
+    with pytest.raises(SystemExit) as ended, distributed.ending_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 75
+
+
 def test_a_workdir_is_the_output_of_a_job_that_has_one(monkeypatch):
     asked = []
     monkeypatch.setattr(jobs.extract, "extract", lambda config: asked.append(config.output))
@@ -284,12 +312,12 @@ def test_a_stopped_process_ends_the_other_within_the_heartbeat(culprit):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_jobs_that_heed_no_notice():
-    (status, _), (other, told, seconds) = end_of("terminates", 1)
-    assert status == -signal.SIGTERM
-    assert other != 0
-    assert "after" not in told
-    assert seconds < 15
+def test_sigterm_to_one_process_ends_all_of_a_job_that_keeps_what_is_finished():
+    (status, marks), (other, told, seconds) = end_of("terminates", 1)
+    assert (status, other) == (75, 75)
+    assert "SIGTERM: the run ends here; the same command goes on from what is finished" in marks
+    assert "process 1 on host" in told
+    assert seconds < 5
 
 
 @pytest.mark.slow

@@ -64,6 +64,11 @@ def share(sizes: Mapping[str, float]) -> list[str]:
     return by_size[jax.process_index() :: jax.process_count()]
 
 
+def own_rows(count: int) -> slice:
+    """Of so many rows, those of this process: equal parts, to within one, one after the other."""
+    return slice(*(count * part // jax.process_count() for part in (jax.process_index(), jax.process_index() + 1)))
+
+
 def from_all(value: Any) -> list[Any]:
     """The JSON values of all processes, in their order, in every process; all call it together."""
     if jax.process_count() == 1:

@@ -33,6 +33,7 @@ from omnistream_jax.sharding import (
     split_micro_batches,
     state_shardings,
 )
+from omnistream_jax.utils.agreement import own_rows
 
 FRAMES = "frames"
 _READ_AHEAD = 16  # samples to be scored that are read before they are asked for
@@ -222,13 +223,9 @@ def batched(samples: Iterable[Mapping[str, np.ndarray]], size: int) -> Iterator[
 
 
 def read_share(data: ValidationData, threads: int) -> Iterator[dict[str, np.ndarray]]:
-    """This process's samples in order, read ahead by so many threads, at least one.
-
-    Processes have equal parts of all samples, to within one, one after the other. Raises DataError as `data.sample`.
-    """
+    """This process's samples in order, read ahead by so many threads, at least one. Raises DataError as `sample`."""
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(threads, _READ_AHEAD))
-    first, end = (len(data) * part // jax.process_count() for part in (jax.process_index(), jax.process_index() + 1))
-    return iter(grain.MapDataset.source(_Samples(data))[first:end].to_iter_dataset(options))
+    return iter(grain.MapDataset.source(_Samples(data))[own_rows(len(data))].to_iter_dataset(options))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def cached_arrays(
     def join() -> None:
         read = [read_tensor_file(part) for part in parts]
         _store(path, key, {name: np.concatenate([arrays[name] for arrays in read]) for name in read[0]})
-        for part in parts:
+        for part in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):  # of runs that were stopped too
             part.unlink()
 
     from_first_process(join)

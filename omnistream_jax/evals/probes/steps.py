@@ -12,7 +12,8 @@ from omnistream_jax.data.pipeline import TaskData, build_pipeline
 from omnistream_jax.evals.probes.base import Encode
 from omnistream_jax.evals.probes.engine import FRAMES, ProbeState, Trainer, batched, read_share
 from omnistream_jax.evals.probes.feature_cache import FeatureBatches, cached_arrays
-from omnistream_jax.sharding import global_batch, mesh_here
+from omnistream_jax.sharding import batch_shards, global_batch, mesh_here
+from omnistream_jax.utils.agreement import own_rows
 
 _FEATURE, _TARGET = "features/", "targets/"  # begin the names of arrays in a file of features
 
@@ -83,8 +84,9 @@ class FeatureSteps:
         self._samples = trainer.probe.train_samples()
         arrays = cached_arrays(path, made_of, self._compute)
         self._batches = FeatureBatches(arrays, size, trainer.seed)
-        frames = np.stack([self._samples.sample(0)[FRAMES]])
-        self._tree = jax.tree.structure(trainer.feature_shapes(encode, frames))
+        with jax.set_mesh(mesh_here(trainer.mesh)):
+            frames = np.stack([self._samples.sample(0)[FRAMES]] * batch_shards())
+            self._tree = jax.tree.structure(trainer.feature_shapes(encode, frames))
 
     @property
     def shapes(self) -> Any:
@@ -93,8 +95,8 @@ class FeatureSteps:
 
     def __call__(self, state: ProbeState, step: int) -> tuple[ProbeState, jax.Array]:
         """The state after a step, from 0, and the losses [H]."""
-        rows = slice(jax.process_index(), None, jax.process_count())
-        batch = {name: array[rows] for name, array in self._batches.batch(step).items()}
+        mine = own_rows(self._size)
+        batch = {name: array[mine] for name, array in self._batches.batch(step).items()}
         batch = global_batch(batch, self._trainer.mesh)
         return self._trainer.step_on_features(state, *self._split(batch))
 
