@@ -28,7 +28,7 @@ flags.disclaim_key_flags()  # --help lists --config with the flags of the module
 
 _NO_CONFIG = "--config=FILE.py[:ARGUMENT] is required"
 _SHOWN = 4  # fields that a message lists
-EXIT_REQUEUE = 75  # of an evaluation that SIGTERM has ended: the same command goes on (os.EX_TEMPFAIL)
+EXIT_REQUEUE = 75  # of an evaluation or extraction that SIGTERM has ended: the same command goes on (os.EX_TEMPFAIL)
 EXIT_CONFIG = 2  # of a run whose configuration is wrong: starting it again cannot help
 EXIT_ERROR = 1  # of a run that ended with another error that is explained in one message
 

@@ -66,13 +66,14 @@ def _train(config: ConfigDict, workdir: str | None, launch: Launch | None) -> No
 def _extract(config: ConfigDict, workdir: str | None, launch: Launch | None) -> int:
     """Processes share the items and else need nothing of each other: none waits, and none ends with another."""
     _take_output(config, workdir)
-    if launch is None or config.process_count:
-        return extract.extract(config)
-    if launch.count is None:  # only the cluster itself knows it
-        with distributed.connected(launch):
+    with distributed.ending_on_sigterm():
+        if launch is None or config.process_count:
             return extract.extract(config)
-    distributed.use_gpus(launch)
-    return extract.extract(config, launch.index, launch.count)
+        if launch.count is None:  # only the cluster itself knows it
+            with distributed.connected(launch):
+                return extract.extract(config)
+        distributed.use_gpus(launch)
+        return extract.extract(config, launch.index, launch.count)
 
 
 def _plan(config: ConfigDict, workdir: str | None, launch: Launch | None) -> int | None:
@@ -87,7 +88,7 @@ def _evaluating(run: Callable[[ConfigDict], int | None]) -> Job:
 
     def start(config: ConfigDict, workdir: str | None, launch: Launch | None) -> int | None:
         _take_output(config, workdir)
-        with distributed.connected(launch), distributed.ending_on_sigterm():
+        with distributed.ending_on_sigterm(), distributed.connected(launch):
             return run(config)
 
     return start

@@ -7,8 +7,8 @@ Exit status, of all processes of a run where one fails:
     1     an error that the message explains, a fault of the program with its stack trace, or a step beyond
           config.distributed.step_deadline_seconds with the stacks of all threads: starting again may help
     2     a configuration that cannot work: starting again cannot help
-    75    stopped by SIGTERM when all was saved (config.requeue_exit_code), or an evaluation was: start it again, and it
-          goes on
+    75    stopped by SIGTERM when all was saved (config.requeue_exit_code; of evaluations and extractions 75): start it
+          again, and it goes on
     134   (SIGABRT, by JAX) another process was not heard of for config.distributed.heartbeat_seconds
 """
 

@@ -182,7 +182,8 @@ def finished(output) -> int:
     return sum(name.endswith(".safetensors") for _, _, names in os.walk(output) for name in names)
 
 
-def test_a_run_killed_half_way_goes_on_to_the_same_bytes(config_for, undisturbed, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_a_run_ended_half_way_goes_on_to_the_same_bytes(config_for, undisturbed, tmp_path, number, status):
     output = tmp_path / "out"
     with subprocess.Popen(
         command(config_for(output)), cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL
@@ -191,9 +192,9 @@ def test_a_run_killed_half_way_goes_on_to_the_same_bytes(config_for, undisturbed
         while finished(output) < 6 and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
     done = finished(output)
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == status
     assert 6 <= done < 18
     assert not (output / "index.jsonl").exists()
 
