@@ -281,7 +281,8 @@ def streaming_params(params: dict, dtype: jnp.dtype) -> dict:
 
     if jax.default_backend() == "cpu" and dtype == jnp.float32:
         views = jax.tree.map(np.asarray, params["blocks"])
-        return {**params, "blocks": jax.tree.map(jnp.asarray, split_kernels(views))}
+        # All of them on the device: NumPy's would be copied there at every call.
+        return jax.tree.map(jnp.asarray, {**params, "blocks": split_kernels(views)})
     return jax.jit(prepare)(params)
 
 
