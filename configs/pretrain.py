@@ -3,7 +3,7 @@
     python -m omnistream_jax.main --config=configs/pretrain.py[:RECIPE] [--workdir=DIR] [--config.field=value ...]
 
 (no argument)   The quick start: a tiny model on the photographs, videos, rendered scenes and captions that come with
-                the package. A CPU of 2 cores, 5 to 6 minutes, 2 GB. It promises pictures, not quality. Writes
+                the package. A CPU of 2 cores, 4 to 6 minutes, 2 GB. It promises pictures, not quality. Writes
                 runs/quickstart.
 learn           What is learned of geometry from the rendered scenes in 10 minutes on 2 cores: scores on held-out
                 scenes in the last line of runs/learn/metrics.jsonl (docs/learning.md).
