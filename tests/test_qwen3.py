@@ -270,6 +270,13 @@ def test_parameters_for_decoding_are_refused_without_a_cache(small):
         run(Qwen3(SMALL, decoding=True), decoding_params(small[1], jnp.float32), random_embeddings(1, 2), *one_text(2))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parameters_for_decoding_lie_on_the_device(small, dtype):
+    """NumPy's would be copied there at every token."""
+    params = decoding_params(jax.tree.map(np.asarray, small[1]), dtype)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+
 def test_a_full_cache_is_never_overwritten_in_silence(small):
     model, params = small
     variables, embeddings = {"params": params}, random_embeddings(1, 4)
