@@ -104,7 +104,8 @@ def _paper() -> ConfigDict:
 
     # Adam as in the paper. Where it is silent, as DINOv3: the norm of each module's gradient is clipped at clip_norm
     # (0: not), and the heads' prototypes wait for freeze_prototypes_steps. factors: of the learning rate of parts of
-    # the parameters, as (("backbone", 0.1), ("geometry/camera", 0.5)).
+    # the parameters, as (("backbone", 0.1), ("geometry/camera", 0.5)). kind: adam, or muon (muon.py): for the matrices
+    # of the transformers, and Adam for the rest. docs/learning.md says what it gains there.
     config.optimizer = ConfigDict(
         {
             "peak": 1e-4,
@@ -115,6 +116,7 @@ def _paper() -> ConfigDict:
             "clip_norm": 3.0,
             "freeze_prototypes_steps": 1_250,
             "factors": (),
+            "kind": "adam",
         }
     )
 

@@ -1,4 +1,4 @@
-"""Schedules and the optimiser: Adam with warm-up and cosine decay, no weight decay (OmniStream, Sec. 4)."""
+"""Schedules and the optimiser: Adam with warm-up and cosine decay, no weight decay (OmniStream, Sec. 4); or Muon."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omnistream_jax.muon import muon
 from omnistream_jax.utils.trees import leaf_name, named_leaves
 
 PROTOTYPES = "last_layer"  # the name of the prototypes in the parameters of a DinoHead
@@ -30,6 +31,7 @@ class Optimizer:
             learn to answer alike for all samples while the samples still look alike.
         factors: pairs (part of the parameters, as "geometry" or "geometry/camera"; factor of its learning rate). The
             longest name that fits holds.
+        kind: "adam", as the paper; or "muon", for the matrices of the transformers (muon.py) and Adam for the rest.
     """
 
     peak: float
@@ -41,6 +43,7 @@ class Optimizer:
     clip_norm: float
     freeze_prototypes_steps: int
     factors: tuple[tuple[str, float], ...] = ()
+    kind: str = "adam"
 
     def __post_init__(self):
         if self.steps < 0:
@@ -54,6 +57,7 @@ class Optimizer:
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             _require(0 <= value < 1, field, value, "0 or more, and less than 1")
+        _require(self.kind in ("adam", "muon"), "kind", self.kind, "adam or muon")
         for pair in self.factors:
             _require(_is_factor(pair), "factors", pair, "pairs (name, 0 or more)")
 
@@ -70,7 +74,9 @@ class Optimizer:
         return jnp.where(step < self.warmup_steps, warmup, decay)
 
     def transform(self) -> optax.GradientTransformation:
-        """Adam with its schedule; the state counts the steps."""
+        """Adam or Muon with its schedule; the state counts the steps."""
+        if self.kind == "muon":
+            return muon(self.learning_rate, self.beta1, self.beta2)
         return optax.adam(self.learning_rate, b1=self.beta1, b2=self.beta2)
 
     def clipped(self, gradients: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,9 +91,9 @@ class Optimizer:
         return {name: clip(tree) for name, tree in gradients.items()}
 
     def scaled(self, changes: Any, step: jax.Array) -> Any:
-        """Adam's changes to all parameters as they are made: times their factor, and zero for what is frozen yet.
+        """The changes to all parameters as they are made: times their factor, and zero for what is frozen yet.
 
-        Adam's moments of what is frozen fill meanwhile.
+        The moments of what is frozen fill meanwhile.
         """
 
         def scale(path: tuple, change: jax.Array) -> jax.Array:

@@ -24,7 +24,8 @@ What a step sends, by design (F: on "fsdp"; on a CPU a reduce-scatter is an all-
                 of the embeddings and of the maxima and sums over prototypes and the vocabulary.
                 What looks across the batch: sums over prototypes and over rows (Sinkhorn-Knopp), the features of the
                 CLS tokens (KoLeo), and means' sums and counts.
-    update      the norms of the gradients, scalars. Nothing else: all its arrays lie alike.
+    update      the norms of the gradients, scalars. Nothing else: all its arrays lie alike. Muon's
+                products of split matrices send what they need besides.
 
 With micro-batches, the parameters are gathered and the gradients scattered for each of them.
 """

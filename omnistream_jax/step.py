@@ -167,7 +167,7 @@ def make_update(
     """The program (state, gradients, losses) -> (state after the update, zeroed gradients, metrics).
 
     If one of the losses is not finite, the state comes back as it was. `shardings` as of `make_accumulate`: the state
-    and the buffer lie alike before and after, and nothing but the norms is summed over devices.
+    and the buffer lie alike before and after, and nothing but the norms (and Muon's products) is summed over devices.
     """
     transform = optimizer.transform()
 

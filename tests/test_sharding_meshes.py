@@ -21,19 +21,20 @@ PROGRAM = """
     import json, sys
     import mesh_cases
 
-    mesh, wide, steps, joined = json.loads(sys.argv[1])
+    mesh, wide, steps, joined, overrides = json.loads(sys.argv[1])
     if wide:
         mesh_cases.compute_in_float64()
     if joined:
         mesh_cases.join()
     mesh_cases.compile_quickly()
     mesh_cases.shrink_model()
-    mesh_cases.print_losses(steps, **{f"mesh__{axis}": size for axis, size in mesh.items()})
+    mesh_cases.print_losses(steps, **{f"mesh__{axis}": size for axis, size in mesh.items()}, **overrides)
 """
 
 
-def curve(devices: int, mesh: dict[str, int], wide: bool) -> list[dict[str, float]]:
-    return json.loads(run_program(PROGRAM, devices, json.dumps([mesh, wide, STEPS, False]), timeout=3000))
+def curve(devices: int, mesh: dict[str, int], wide: bool, steps: int = STEPS, **overrides) -> list[dict[str, float]]:
+    arguments = json.dumps([mesh, wide, steps, False, overrides])
+    return json.loads(run_program(PROGRAM, devices, arguments, timeout=3000))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["float64", "float32"])
@@ -49,12 +50,21 @@ def test_a_mesh_has_the_losses_of_one_device(devices, mesh, expected):
 
 def test_two_processes_have_the_losses_of_one(expected):
     wide, one = expected
-    arguments = json.dumps([{"fsdp": 2}, wide, STEPS, True])
+    arguments = json.dumps([{"fsdp": 2}, wide, STEPS, True, {}])
     first, second = (
         json.loads(text.splitlines()[-1]) for text in run_processes(PROGRAM, 2, 2, arguments, timeout=3000)
     )
     assert first == second
     assert_equal_curves(first, one, wide)
+
+
+def test_muon_on_a_mesh_has_the_losses_of_one_device():
+    """Of split matrices too."""
+    one, mesh = (
+        curve(devices, sizes, True, 4, optimizer__kind="muon")
+        for devices, sizes in ((1, {}), (8, {"fsdp": 2, "tensor": 2}))
+    )
+    assert_equal_curves(mesh, one, True)
 
 
 def assert_equal_curves(rows: list[dict[str, float]], expected: list[dict[str, float]], wide: bool) -> None:
