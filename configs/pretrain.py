@@ -7,7 +7,8 @@
                 runs/quickstart.
 learn           What is learned of geometry from the rendered scenes in 10 minutes on 2 cores: scores on held-out
                 scenes in the last line of runs/learn/metrics.jsonl (docs/learning.md).
-learn_captions  What is learned of descriptions, boxes and answers about rendered pictures, in 24 to 26 minutes of one
+learn_ssl       What is learned of photographs by self-supervision alone, in 25 minutes of one shared core.
+learn_captions  What is learned of descriptions, boxes and answers about rendered pictures, in 18 to 22 minutes of one
                 shared core.
 stage1          The paper's first stage (OmniStream, Sec. 4): ViT-L, 60,000 steps at 224 x 224, clips of 16 frames.
 stage2          The paper's second stage: 120,000 steps at 512 x 512, from all that stage 1 has trained:
