@@ -197,10 +197,7 @@ def _evaluate(job: Job, sequence: MaskedSequence) -> dict[str, Any]:
         raise DataError(f"{sequence.name}: {error}") from error
     if job.files.pictures:
         job.files.write_picture(sequence, prediction, truth)
-    objects = [
-        {"object": number + 1, **_named(ObjectScores(scores.region[[number]], scores.boundary[[number]]))}
-        for number in range(sequence.objects)
-    ]
+    objects = [{"object": int(number), **each} for number, each in zip(scores.numbers, _listed(scores), strict=True)]
     return {"frames": len(sequence), **_named(scores), "objects": objects, "still": _listed(still)}
 
 
@@ -217,7 +214,8 @@ def _named(*scores: ObjectScores) -> dict[str, float]:
 
 def _listed(scores: ObjectScores) -> list[dict[str, float]]:
     """An entry an object."""
-    return [_named(ObjectScores(*pair)) for pair in zip(scores.region[:, None], scores.boundary[:, None], strict=True)]
+    fields = (scores.region[:, None], scores.boundary[:, None], scores.numbers[:, None])
+    return [_named(ObjectScores(*each)) for each in zip(*fields, strict=True)]
 
 
 def _aggregate(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -11,10 +11,11 @@ from omnistream_jax.data.benchmarks.world_masks import WorldSequence
 from omnistream_jax.data.world import WorldClips
 
 
-def random_clip(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def random_clip(seed: int, known: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """(prediction, truth), uint8 [T, H, W]: ellipses and boxes that move, vanish, appear, lie apart and overlap.
 
-    Only integers are drawn, so that every NumPy draws the same.
+    Only integers are drawn, so that every NumPy draws the same. With `known` the largest number is in the first mask: it
+    says how many objects there are.
     """
     rng = np.random.default_rng(seed)
     frames, height, width = (int(rng.integers(low, high)) for low, high in ((4, 9), (24, 90), (24, 120)))
@@ -26,7 +27,7 @@ def random_clip(seed: int) -> tuple[np.ndarray, np.ndarray]:
         half = rng.integers(1, 16, size=2)
         ball, error = bool(rng.integers(2)), int(rng.integers(0, 4))
         seen, found = (rng.integers(4, size=frames) > 0 for _ in range(2))
-        seen[0] |= number == count  # the largest number is in the first mask: it says how many objects there are
+        seen[0] |= known and number == count
         if rng.integers(6) == 0 and number < count:
             seen[: frames // 2] = False  # it appears
         if rng.integers(6) == 0:
@@ -38,7 +39,7 @@ def random_clip(seed: int) -> tuple[np.ndarray, np.ndarray]:
                 inside = inside if ball else (v <= half[0]) & (u <= half[1])
                 if visible:
                     masks[t][inside] = number
-    if not (truth[0] == count).any():
+    if known and not (truth[0] == count).any():
         truth[0, 0, 0] = count
     return prediction, truth
 

@@ -14,6 +14,7 @@ from omnistream_jax.data.benchmarks.masked import VOID
 from omnistream_jax.data.opencv import cv2
 
 VOID_RULES = ("background", "excluded")
+COUNTING_RULES = ("davis2017", "vos-benchmark")
 _TOLERANCE = 0.008  # of the frame's diagonal
 
 
@@ -22,12 +23,14 @@ class ObjectScores:
     """Of the objects of one sequence over its scored frames, the second to the last but one.
 
     Attributes:
-      region: float64 [K, T - 2], J.
-      boundary: float64 [K, T - 2], F.
+      region: float64 [K, T - 2], J; NaN in frames that do not count.
+      boundary: float64 [K, T - 2], F, likewise.
+      numbers: int [K], which objects these are in the masks.
     """
 
     region: np.ndarray
     boundary: np.ndarray
+    numbers: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,11 @@ class MeanScores:
     objects: int
 
 
-def score_sequence(prediction: np.ndarray, truth: np.ndarray, void: str = "background") -> ObjectScores:
+def score_sequence(
+    prediction: np.ndarray, truth: np.ndarray, void: str = "background", counting: str = "davis2017"
+) -> ObjectScores:
     """J and F of every object and scored frame.
 
-    The objects are 1 to the largest number in the first true mask; what is larger in later ones counts as background.
     An object that a mask lacks has an empty mask there.
 
     Args:
@@ -58,9 +62,13 @@ def score_sequence(prediction: np.ndarray, truth: np.ndarray, void: str = "backg
       truth: the same; VOID where nobody knows.
       void: "background": void pixels are background, as davis2017-evaluation has them in its semi-supervised task;
         "excluded": they count for nothing, as in its unsupervised one.
+      counting: "davis2017": the objects are 1 to the largest number in the first true mask, and each counts in every
+        scored frame; what is larger in later masks is background, and in predictions an error. "vos-benchmark": the
+        objects are those of the scored true masks, and each counts from the first frame in which the truth or the
+        prediction shows it; others in predictions are background.
 
     Raises:
-      ValueError: shapes that do not fit, fewer than 3 frames, a first mask without objects, or a prediction of an
+      ValueError: shapes that do not fit, fewer than 3 frames, masks without objects to score, or a prediction of an
         object that does not exist.
     """
     if void not in VOID_RULES:
@@ -69,27 +77,45 @@ def score_sequence(prediction: np.ndarray, truth: np.ndarray, void: str = "backg
         raise ValueError(f"masks: expected two of the same [T, H, W], got {prediction.shape} and {truth.shape}")
     if len(truth) < 3:
         raise ValueError(f"masks: {len(truth)} frames, but the first and the last are not scored: expected 3 or more")
+    if counting not in COUNTING_RULES:
+        raise ValueError(f"counting: expected one of {', '.join(COUNTING_RULES)}, got {counting!r}")
+    numbers = _objects(prediction, truth, counting)
+    prediction, truth = prediction[1:-1], truth[1:-1]
+    region, boundary = np.full((2, len(numbers), len(truth)), np.nan)
+    for row, number in enumerate(numbers):
+        counts = counting == "davis2017"
+        for frame, (predicted, true) in enumerate(zip(prediction == number, truth == number, strict=True)):
+            counts = counts or predicted.any() or true.any()
+            if counts:
+                pair = (predicted, true, truth[frame] == VOID if void == "excluded" else None)
+                region[row, frame], boundary[row, frame] = region_similarity(*pair), boundary_accuracy(*pair)
+    return ObjectScores(region, boundary, numbers)
+
+
+def _objects(prediction: np.ndarray, truth: np.ndarray, counting: str) -> np.ndarray:
+    if counting == "vos-benchmark":
+        numbers = np.unique(truth[1:-1])
+        numbers = numbers[(numbers != 0) & (numbers != VOID)]
+        if not numbers.size:
+            raise ValueError("masks: no true mask between the first and the last shows an object")
+        return numbers
     objects = int(truth[0][truth[0] != VOID].max(initial=0))
     if not objects:
         raise ValueError("masks: the first true mask shows no object")
-    prediction, truth = prediction[1:-1], truth[1:-1]
-    if prediction.max() > objects:
-        frame = int(np.argmax(prediction.max((1, 2)) > objects)) + 1
-        raise ValueError(f"masks: the prediction of frame {frame} has object {prediction.max()}, there are {objects}")
-    region, boundary = np.zeros((2, objects, len(truth)))
-    for frame, (predicted, true) in enumerate(zip(prediction, truth, strict=True)):
-        excluded = true == VOID if void == "excluded" else None
-        for number in range(1, objects + 1):
-            pair = (predicted == number, true == number, excluded)
-            region[number - 1, frame] = region_similarity(*pair)
-            boundary[number - 1, frame] = boundary_accuracy(*pair)
-    return ObjectScores(region, boundary)
+    if prediction[1:-1].max() > objects:
+        frame = int(np.argmax(prediction[1:-1].max((1, 2)) > objects)) + 1
+        raise ValueError(
+            f"masks: the prediction of frame {frame} has object {prediction[1:-1].max()}, there are {objects}"
+        )
+    return np.arange(1, objects + 1)
 
 
 def mean_scores(sequences: Sequence[ObjectScores]) -> MeanScores:
-    """Of one or more sequences; every object weighs the same, however long its sequence is."""
-    region = float(np.mean([row.mean() for scores in sequences for row in scores.region]))
-    boundary = float(np.mean([row.mean() for scores in sequences for row in scores.boundary]))
+    """Of one or more sequences; every object weighs the same, however long its sequence is. ValueError for none."""
+    if not sequences:
+        raise ValueError("sequences: expected one or more")
+    region = float(np.mean([np.nanmean(row) for scores in sequences for row in scores.region]))
+    boundary = float(np.mean([np.nanmean(row) for scores in sequences for row in scores.boundary]))
     return MeanScores(region, boundary, (region + boundary) / 2, sum(len(scores.region) for scores in sequences))
 
 

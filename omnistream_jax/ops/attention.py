@@ -30,6 +30,8 @@ ATTENTION_PATHS = ("xla", "cudnn", "splash")
 
 # Up to this many groups of frames are unrolled; longer clips put several frames in a group.
 _UNROLLED_GROUPS = 16
+# Of a decoder's rows: a row of more queries takes them in pieces.
+_QUERIES_AT_ONCE, _PIECE = 1024, 256
 # Keys of the cache that are read at once while streaming (measured on a CPU: ViT-B, 201 tokens a frame).
 _CHUNK_TOKENS = 256
 
@@ -115,14 +117,32 @@ def segment_attention(
         first_place: of the first query among the keys; 0 where the queries are the keys' own tokens.
 
     Returns:
-        [B, N, H, D] in the query's dtype; scores and softmax are float32. XLA's products on every platform.
+        [B, N, H, D] in the query's dtype; scores and softmax are float32. XLA's products on every platform; rows of
+        many queries take them a piece at a time, so that memory grows with S and not with N * S.
     """
-    places = first_place + jnp.arange(query.shape[1])
-    visible = jnp.arange(key.shape[1]) <= places[:, None]
-    own, shared = query_segments[:, :, None], (query_segments - query_segments % SHARED)[:, :, None]
-    seen = key_segments[:, None]
-    visible = visible & ((seen == own) | ((seen == shared) & (seen > 0)))  # [B, N, S]
-    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], implementation="xla")
+
+    def attend(query: jax.Array, segments: jax.Array, places: jax.Array) -> jax.Array:
+        visible = jnp.arange(key.shape[1]) <= places[:, None]
+        own, shared = segments[:, :, None], (segments - segments % SHARED)[:, :, None]
+        seen = key_segments[:, None]
+        visible = visible & ((seen == own) | ((seen == shared) & (seen > 0)))  # [B, N, S]
+        return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], implementation="xla")
+
+    count = query.shape[1]
+    places = first_place + jnp.arange(count)
+    if count <= _QUERIES_AT_ONCE:
+        return attend(query, query_segments, places)
+    filling = -count % _PIECE
+
+    def pieces(tokens: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, filling if each == axis else 0) for each in range(tokens.ndim)]
+        tokens = jnp.pad(tokens, widths)
+        split = (*tokens.shape[:axis], -1, _PIECE, *tokens.shape[axis + 1 :])
+        return jnp.moveaxis(tokens.reshape(split), axis, 0)
+
+    each = (pieces(query, 1), pieces(query_segments, 1), pieces(places, 0))
+    attended = jnp.moveaxis(jax.lax.map(lambda piece: jax.checkpoint(attend)(*piece), each), 0, 1)
+    return attended.reshape(attended.shape[0], -1, *attended.shape[3:])[:, :count]
 
 
 def check_window(window: int | None, sinks: int) -> None:

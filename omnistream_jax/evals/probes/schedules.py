@@ -34,9 +34,9 @@ class Cosine:
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The factor at a step."""
-        place = jnp.asarray(step, jnp.float32) + self.lead
+        place = jnp.asarray(step) + self.lead
         warmup = place / max(self.warmup_steps, 1)
-        decay = _half_cosine(1.0, 0.0, (place - self.warmup_steps) / max(self.steps - self.warmup_steps, 1))
+        decay = _half_cosine(1.0, 0.0, place - self.warmup_steps, max(self.steps - self.warmup_steps, 1))
         return jnp.where(place < self.warmup_steps, warmup, decay)
 
 
@@ -78,13 +78,13 @@ class WarmupOneCycle:
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The factor at a step."""
-        place = jnp.maximum(jnp.asarray(step, jnp.float32) - self.lag, 0.0)
+        place = jnp.maximum(jnp.asarray(step) - self.lag, 0)
         rising = place / max(self.warmup_steps, 1)
         if self.warmup_ratio:  # 1 - (1 - j / W) (1 - ratio), without its rounding
-            warmup = (rising + self.warmup_ratio * (1 - rising)) * (1 - place / self.steps)
+            warmup = (rising + self.warmup_ratio * (1 - rising)) * (self.steps - place) / self.steps
         else:
-            warmup = _half_cosine(1.0, 0.0, place / self.steps) * rising + 1 / self.start_divisor
-        decay = _half_cosine(1.0, 1 / self.end_divisor, (place + 1) / self.steps)
+            warmup = _half_cosine(1.0, 0.0, place, self.steps) * rising + 1 / self.start_divisor
+        decay = _half_cosine(1.0, 1 / self.end_divisor, place + 1, self.steps)
         return jnp.where(place < self.warmup_steps, warmup, decay)
 
 
@@ -109,13 +109,14 @@ class OneCycleBeta:
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The beta at a step."""
-        place = jnp.asarray(step, jnp.float32)
-        progress = (place - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return jnp.where(place < self.warmup_steps, 0.0, _half_cosine(*self.beta1, progress))
+        place = jnp.asarray(step)
+        decay = _half_cosine(*self.beta1, place - self.warmup_steps, max(self.steps - self.warmup_steps, 1))
+        return jnp.where(place < self.warmup_steps, 0.0, decay)
 
 
-def _half_cosine(start: float, end: float, share: jax.Array) -> jax.Array:
-    return end + (start - end) / 2 * (1 + jnp.cos(math.pi * share))
+def _half_cosine(start: float, end: float, place: jax.Array, steps: int) -> jax.Array:
+    """From start at 0 to end at `steps`; places are integers, so that what is left near the end is exact."""
+    return end + (start - end) * jnp.square(jnp.sin(math.pi / 2 * ((steps - place) / steps)))
 
 
 def _check(steps: int, warmup_steps: int) -> None:
