@@ -182,6 +182,7 @@ def _paper() -> ConfigDict:
                 "hidden": 0,
                 "rope_theta": 0.0,
                 "norm_eps": 0.0,
+                "max_length": 0,
                 "tied": "auto",
             },
             "kernel_std": 0.02,

@@ -34,8 +34,6 @@ Array = jax.Array | np.ndarray
 
 ENDED = -1
 """Stands for a token in rows that have ended."""
-MAX_LENGTH = 40_960
-"""Tokens of a row that Qwen3 is made for (max_position_embeddings of its released config.json)."""
 
 _NOT_A_NUMBER = -2  # from the device to the host: the logits were not finite
 _FIRST_BUCKET = 32
@@ -84,7 +82,7 @@ def prefill(
     *,
     cache: DecoderCache | None = None,
     room: int = 0,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
 ) -> DecoderCache:
     """Put embeddings into a cache, so that any number of questions can follow them: see `generate`.
 
@@ -95,7 +93,7 @@ def prefill(
         cache: what stands before them. It is consumed: donated where they fit, and the cache that is returned takes
             its place either way. None: nothing.
         room: tokens that will be fed after these: a cache that must grow grows for them as well.
-        max_length: of a row, with the cache and the room.
+        max_length: of a row, with the cache and the room; None: the decoder's.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -104,6 +102,7 @@ def prefill(
     if operator.index(room) < 0:
         raise ValueError(f"room: expected a number of tokens >= 0, got {room}")
     start = 0 if cache is None else int(cache.length)
+    max_length = decoder.config.max_length if max_length is None else max_length
     _check_length(start, prompt.longest, "a room of", room, max_length)
     capacity = max(start + bucket_length(prompt.longest), start + prompt.longest + room)
     if cache is None or capacity > cache.capacity:
@@ -123,7 +122,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     cache: DecoderCache | None = None,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
 ) -> np.ndarray:
     """Answers to a batch of prompts.
 
@@ -141,7 +140,7 @@ def generate(
         cache: what stands before the prompts, of `prefill` or of the decoder itself, for B rows; its tokens have
             segment 1, or 0 where they are padding: others would not be seen. It is copied, and stays good for further
             questions.
-        max_length: of a row: the cache, the longest prompt and the answer.
+        max_length: of a row: the cache, the longest prompt and the answer; None: the decoder's.
 
     Returns:
         int32 [B, n], n <= max_tokens: the answers, each with its stop token, and `ENDED` behind it. n is the length of
@@ -150,7 +149,7 @@ def generate(
     Raises:
         ValueError: naming the argument that does not fit; or the decoder gives logits that are not numbers.
     """
-    limits = _Limits(max_tokens, max_length)
+    limits = _Limits(max_tokens, decoder.config.max_length if max_length is None else max_length)
     options = _options(decoder, stop_tokens, temperature, top_p, seed)
     pieces = _start(decoder, params, embeddings, lengths, limits, options, cache, _TOKENS_A_CALL)
     return np.concatenate(list(pieces), axis=1)
@@ -168,14 +167,14 @@ def generate_stream(
     top_p: float = 1.0,
     seed: int = 0,
     cache: DecoderCache | None = None,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate` as they come: int32 [B] at a time, `ENDED` in rows that have ended.
 
     Arguments and errors are those of `generate`, and errors in the arguments come at the call. The next token is
     computed while the caller has this one; a caller may leave at any time.
     """
-    limits = _Limits(max_tokens, max_length)
+    limits = _Limits(max_tokens, decoder.config.max_length if max_length is None else max_length)
     options = _options(decoder, stop_tokens, temperature, top_p, seed)
     pieces = _start(decoder, params, embeddings, lengths, limits, options, cache, 1)
     return (piece[:, 0] for piece in pieces)
@@ -298,8 +297,8 @@ def _check_length(cached: int, longest: int, what: str, more: int, max_length: i
     if cached + longest + more > max_length:
         before = f"{cached} tokens in the cache, " if cached else ""
         raise ValueError(
-            f"embeddings: {before}a prompt of {longest} and {what} {more} are too long, "
-            f"expected at most {max_length} together (max_length)"
+            f"max_length: {before}a prompt of {longest} and {what} {more} are too long, "
+            f"expected at most {max_length} together"
         )
 
 

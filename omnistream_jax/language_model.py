@@ -21,7 +21,7 @@ from omnistream_jax.data.boxes import malformed_boxes, move_boxes, restore_boxes
 from omnistream_jax.data.captions import letterbox
 from omnistream_jax.data.chat import Chat, load_chat
 from omnistream_jax.data.errors import DataError
-from omnistream_jax.generate import MAX_LENGTH, embed_prompts, generate
+from omnistream_jax.generate import embed_prompts, generate
 from omnistream_jax.model import Model
 from omnistream_jax.models.projector import DECODER, PROJECTOR, Projector, project
 from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, decoding_params
@@ -98,13 +98,16 @@ class LanguageModel:
 
     def prompts(self, patches: jax.Array, instructions: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
         """Embeddings [B, L, D] and lengths int32 [B] for `generate`: visual tokens frame by frame, then the text."""
+        if np.ndim(patches) != 5 or np.shape(patches)[-1] != self.model.config.width or 0 in np.shape(patches):
+            expected = f"[B, T, h, w, {self.model.config.width}]"
+            raise ValueError(f"patches: expected {expected}, got {list(np.shape(patches))}")
         prompts = [self.chat.prompt(text) for text in self._checked(instructions, patches)]
         visual = int(np.prod(patches.shape[1:4]))
         longest = visual + max(map(len, prompts))
-        if longest >= MAX_LENGTH:
+        if longest >= self.decoder.config.max_length:
             raise ValueError(
                 f"instructions: {visual} visual tokens and a prompt of {longest - visual} are too long, expected fewer "
-                f"than {MAX_LENGTH} together"
+                f"than {self.decoder.config.max_length} together"
             )
         decoder, params = self._decoding
         text, lengths = embed_prompts(decoder, params, prompts)

@@ -22,7 +22,7 @@ from omnistream_jax import live_geometry
 from omnistream_jax.config import ConfigError
 from omnistream_jax.data.boxes import malformed_boxes
 from omnistream_jax.data.errors import DataError
-from omnistream_jax.generate import MAX_LENGTH, bucket_capacity, bucket_length, embed_prompts, generate, prefill
+from omnistream_jax.generate import bucket_capacity, bucket_length, embed_prompts, generate, prefill
 from omnistream_jax.geometry_model import GeometryModel
 from omnistream_jax.language_model import LanguageModel, load_language
 from omnistream_jax.live_result import Answer, LiveError, Result
@@ -72,11 +72,12 @@ class Question:
             if value < least:
                 raise ConfigError(f"answer.{name}: expected {least} or more, got {value}")
         prompt = _prompt(language, text)
-        if max_frames * patches + len(prompt) + max_tokens > MAX_LENGTH:
+        longest = language.decoder.config.max_length
+        if max_frames * patches + len(prompt) + max_tokens > longest:
             raise ConfigError(
                 f"question: {max_frames} frames of {patches:,} visual tokens (answer.max_frames), {len(prompt):,} "
                 f"tokens of the question and {max_tokens:,} of the answer (answer.max_tokens) are too long, expected "
-                f"at most {MAX_LENGTH:,} together"
+                f"at most {longest:,} together"
             )
         self.text, self.every, self.max_frames, self.max_tokens = text, every, max_frames, max_tokens
         self._chat, self._projector = language.chat, (language.projector, language.params[PROJECTOR])

@@ -13,13 +13,14 @@ from transformers import AutoConfig
 
 from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.convert.qwen3 import load_decoder, save_decoder
-from omnistream_jax.generate import MAX_LENGTH
 from omnistream_jax.models.qwen3 import Qwen3, Qwen3Config, init_decoder
 from omnistream_jax.utils.trees import named_leaves
 
 GOLDEN = load_golden("03_qwen3")
 TENSORS = GOLDEN.weights
-SIZES = Qwen3Config(vocabulary_size=256, width=64, depth=3, heads=4, kv_heads=2, head_width=32, hidden=96)
+SIZES = Qwen3Config(
+    vocabulary_size=256, width=64, depth=3, heads=4, kv_heads=2, head_width=32, hidden=96, max_length=512
+)
 
 
 def write(directory, tensors=TENSORS, **changes):
@@ -104,7 +105,7 @@ def test_bfloat16_is_read_and_written(tmp_path):
 
 
 def test_transformers_reads_the_saved_configuration(tmp_path):
-    config = dataclasses.replace(SIZES, rope_theta=5e5, norm_eps=1e-5)
+    config = dataclasses.replace(SIZES, rope_theta=5e5, norm_eps=1e-5, max_length=2048)
     params = jax.tree.map(np.asarray, jax.jit(lambda: init_decoder(Qwen3(config), jax.random.key(0)))())
     save_decoder(tmp_path, config, params)
     theirs = AutoConfig.from_pretrained(tmp_path)
@@ -114,7 +115,7 @@ def test_transformers_reads_the_saved_configuration(tmp_path):
     assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.head_dim, theirs.vocab_size) == (64, 3, 32, 256)
     assert (theirs.num_attention_heads, theirs.num_key_value_heads, theirs.intermediate_size) == (4, 2, 96)
     assert (theirs.rms_norm_eps, theirs.tie_word_embeddings, theirs.attention_bias) == (1e-5, True, False)
-    assert theirs.max_position_embeddings == MAX_LENGTH, "else theirs is 32,768, and warns of longer rows"
+    assert theirs.max_position_embeddings == 2048
     # What their class writes in turn is read here.
     theirs.architectures = ["Qwen3ForCausalLM"]
     theirs.save_pretrained(tmp_path)
@@ -141,6 +142,23 @@ def test_a_tied_copy_of_the_embedding_is_ignored_unless_it_differs(tmp_path):
 )
 def test_the_base_of_the_rotation_is_found_where_either_version_puts_it(tmp_path, changes, expected):
     assert load_decoder(write(tmp_path, **changes))[0].rope_theta == expected
+
+
+def test_keys_and_values_have_as_many_heads_as_queries_where_null_says_so(tmp_path):
+    """As their class reads it; an absent key means its default, 32."""
+    config = dataclasses.replace(SIZES, kv_heads=4)
+    params = jax.tree.map(np.asarray, jax.jit(lambda: init_decoder(Qwen3(config), jax.random.key(0)))())
+    save_decoder(tmp_path, config, params)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "num_key_value_heads": None}))
+    assert AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 4
+    assert load_decoder(tmp_path)[0] == config
+
+
+@pytest.mark.parametrize(("written", "expected"), [(4096, 4096), (None, 32_768)])
+def test_rows_are_as_long_as_the_configuration_says(tmp_path, written, expected):
+    """32,768 is their class's default."""
+    assert load_decoder(write(tmp_path, max_position_embeddings=written))[0].max_length == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from omnistream_jax.convert.files import WeightsError
 from omnistream_jax.convert.qwen3 import save_decoder
 from omnistream_jax.data.boxes import format_box, parse_boxes, restore_boxes
 from omnistream_jax.data.captions import letterbox
-from omnistream_jax.generate import MAX_LENGTH
 from omnistream_jax.language_model import CONFIG_NAME, PROJECTOR_NAME, LanguageModel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -113,6 +112,12 @@ def test_all_frames_of_a_clip_stand_before_the_text(model, pictures):
     )
 
 
+@pytest.mark.parametrize("shape", [(8, 32), (1, 2, 2, 32), (1, 2, 2, 2, 16), (1, 0, 2, 2, 32)])
+def test_patches_that_are_not_of_clips_are_refused(model, shape):
+    with pytest.raises(ValueError, match=r"patches: expected \[B, T, h, w, 32\], got \["):
+        model.answer_features(np.zeros(shape, np.float32), QUESTIONS[:1], max_tokens=TOKENS)
+
+
 def test_pictures_of_other_shapes_are_laid_into_the_square_and_boxes_follow(model):
     wide = np.random.default_rng(2).integers(0, 256, (40, 100, 3), dtype=np.uint8)
     box = (0.1, 0.2, 0.5, 0.9)
@@ -150,8 +155,8 @@ def test_boxes_beside_the_picture_end_at_its_border_and_broken_ones_stay():
         (np.zeros((1, SIDE, SIDE, 3), np.uint8), ["a", "b"], "instructions: expected a list of 1 texts"),
         (
             np.zeros((1, SIDE, SIDE, 3), np.uint8),
-            ["a " * MAX_LENGTH],
-            f"4 visual tokens and a prompt of .* are too long, expected fewer than {MAX_LENGTH}",
+            ["a " * 40_960],
+            "4 visual tokens and a prompt of .* are too long, expected fewer than 40960",
         ),
         (np.zeros((1, SIDE, SIDE, 3), np.float32), ["a"], r"images: expected uint8 .*, got float32\[1, 32, 32, 3\]"),
         (np.zeros((SIDE, SIDE, 3), np.uint8), ["a"] * SIDE, "images: expected uint8 pictures"),

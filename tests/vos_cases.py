@@ -14,8 +14,8 @@ from omnistream_jax.data.world import WorldClips
 def random_clip(seed: int, known: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """(prediction, truth), uint8 [T, H, W]: ellipses and boxes that move, vanish, appear, lie apart and overlap.
 
-    Only integers are drawn, so that every NumPy draws the same. With `known` the largest number is in the first mask: it
-    says how many objects there are.
+    Only integers are drawn, so that every NumPy draws the same. With `known` the largest number is in the first mask,
+    which says how many objects there are.
     """
     rng = np.random.default_rng(seed)
     frames, height, width = (int(rng.integers(low, high)) for low, high in ((4, 9), (24, 90), (24, 120)))

@@ -28,8 +28,8 @@ _FIELDS = (
     ("intermediate_size", "hidden", 22_016),
     ("rms_norm_eps", "norm_eps", 1e-6),
     ("tie_word_embeddings", "tied", False),
+    ("max_position_embeddings", "max_length", 32_768),
 )
-_MAX_LENGTH = 40_960  # tokens of a row, as in the released config.json
 _STORAGE = ("float32", "bfloat16", "float16")
 
 
@@ -77,7 +77,10 @@ def save_decoder(
 
 
 def _read_config(path: Path) -> Qwen3Config:
-    source = {key: value for key, value in files.read_json(path).items() if value is not None}
+    content = files.read_json(path)
+    source = {key: value for key, value in content.items() if value is not None}
+    if "num_key_value_heads" in content and "num_key_value_heads" not in source and "num_attention_heads" in source:
+        source["num_key_value_heads"] = source["num_attention_heads"]  # what null stands for there
     problems = _refusals(source)
     values: dict[str, Any] = {}
     for key, field, default in _FIELDS:
@@ -142,7 +145,6 @@ def _write_config(config: Qwen3Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "use_sliding_window": False,
-        "max_position_embeddings": _MAX_LENGTH,
         # What transformers 4 and 5 read.
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},

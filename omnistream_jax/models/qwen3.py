@@ -48,6 +48,7 @@ class Qwen3Config:
         rope_theta: base of the rotary periods.
         norm_eps: epsilon of every RMSNorm.
         tied: logits are made with the embedding; else with a matrix of their own.
+        max_length: tokens of a row that it is made for (max_position_embeddings): `generate` takes no more.
     """
 
     vocabulary_size: int = 151_936
@@ -60,9 +61,10 @@ class Qwen3Config:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = True
+    max_length: int = 40_960
 
     def __post_init__(self):
-        for field in ("vocabulary_size", "width", "depth", "heads", "kv_heads", "head_width", "hidden"):
+        for field in ("vocabulary_size", "width", "depth", "heads", "kv_heads", "head_width", "hidden", "max_length"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{field}: expected a whole number of at least 1, got {value!r}")
