@@ -14,8 +14,9 @@ world_motion    what the moving thing of a clip does, attentive probe; likewise
 MODEL_DIR is a backbone, WORKDIR/model of a training run for instance, or the released weights. The protocols are those
 of DINOv3 (images) and V-JEPA 2 (videos), which the paper's Tables 10 and 11 name; what they and the paper do
 differently is a field, and `preset` sets them all: "paper", or "dinov3" or "vjepa2", whose own evaluation it is.
-All heads of a sweep (13 learning rates; 5 learning rates x 4 weight decays) are trained in one program on the same features.
-Counts of the data are checked before anything is computed, and other counts than the published ones are refused.
+All heads of a sweep (13 learning rates; 5 learning rates x 4 weight decays) are trained in one program on the same
+features. Counts of the data are checked before anything is computed, and other counts than the published ones are
+refused.
 
 Batches are split over all devices, of many processes too (launch/README.md), which share what is scored; running the
 same command again goes on from the last checkpoint, to the same bits.

@@ -145,6 +145,13 @@ def test_a_directory_tells_heads_and_epsilon_in_its_config(golden, tmp_path):
     assert (probe.heads, probe.norm_epsilon) == (8, 1e-3)
 
 
+def test_tensors_alone_have_the_heads_that_the_caller_names(golden, tmp_path):
+    save_file(golden.weights, tmp_path / "probe.safetensors")
+    assert load_attentive_probe(tmp_path / "probe.safetensors", heads=8)[0].heads == 8
+    with pytest.raises(WeightsError, match="heads that divides the width 64, got 5"):
+        load_attentive_probe(tmp_path / "probe.safetensors", heads=5)
+
+
 def test_names_of_training_on_several_devices_are_read(golden, tmp_path):
     save_file({f"module.{name}": tensor for name, tensor in golden.weights.items()}, tmp_path / "probe.safetensors")
     probe, _ = load_attentive_probe(tmp_path / "probe.safetensors")

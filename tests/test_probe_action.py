@@ -230,6 +230,7 @@ def test_heads_start_from_given_weights(tmp_path):
     head, start = action._head(filled("world_motion", **fields), BACKBONE, 10)
     variables = dataclasses.replace(make_probe(10, head=head), start=start).init(jax.random.key(0), None)
     assert relative_error(jax.jit(head.apply)(variables, golden.inputs["x"]), golden.outputs["logits"]) < 2e-5
+    assert action._head(filled("world_motion", **(fields | {"probe_heads": 8})), BACKBONE, 10)[0].heads == 8
     with pytest.raises(ValueError, match=r"expected a probe of classes 11, not 10, probe_depth 2, not 4"):
         action._head(filled("world_motion", **(fields | {"probe_depth": 2})), BACKBONE, 11)
 

@@ -84,12 +84,13 @@ LAYOUTS = {
 _QUERY = "pooler.query_tokens"
 
 
-def load_attentive_probe(path: str | os.PathLike) -> tuple[AttentiveProbe, dict[str, Any]]:
+def load_attentive_probe(path: str | os.PathLike, heads: int = HEADS) -> tuple[AttentiveProbe, dict[str, Any]]:
     """Reads a probe, in either layout, with its sizes as the tensors tell them.
 
     Args:
         path: a safetensors file; or a directory or hub id of `transformers`, whose config.json tells the heads and
-            the norms' epsilon. A file has 16 heads, and the epsilon of its layout's code: 1e-5 or 1e-6.
+            the norms' epsilon. A file has the epsilon of its layout's code, 1e-5 or 1e-6.
+        heads: of attention, where nothing but tensors tells of the probe.
 
     Returns:
         The module and its parameters, NumPy float32 arrays.
@@ -98,14 +99,14 @@ def load_attentive_probe(path: str | os.PathLike) -> tuple[AttentiveProbe, dict[
         WeightsError: one error that names the file and every tensor that is missing, unexpected, or of another shape
             or type.
     """
-    heads, epsilon = HEADS, None
+    epsilon = None
     if Path(path).expanduser().is_file():
         source = Path(path).expanduser()
         tensors = files.read_tensor_file(source)
     else:
         directory = files.find_directory(path)
         config = files.read_json(directory / files.CONFIG_NAME)
-        heads = read_field(config, "num_attention_heads", int, HEADS)
+        heads = read_field(config, "num_attention_heads", int, heads)
         epsilon = read_field(config, "layer_norm_eps", float, _EPSILONS["transformers"])
         source, tensors = directory / files.CONFIG_NAME, files.read_tensors(directory)
     tensors = _unwrapped(tensors)

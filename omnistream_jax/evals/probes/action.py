@@ -259,7 +259,7 @@ def _head(
     dtype = default_dtype() if config.compute_dtype == "auto" else jnp.dtype(config.compute_dtype)
     if not config.initial_probe:
         return AttentiveProbe(classes, config.probe_heads, config.probe_depth, remat=config.remat, dtype=dtype), None
-    head, params = load_attentive_probe(config.initial_probe)
+    head, params = load_attentive_probe(config.initial_probe, config.probe_heads)
     width = params["pooler"]["query"].shape[-1]
     found = {"width": width, "classes": head.classes, "probe_heads": head.heads, "probe_depth": head.depth}
     expected = {
