@@ -262,7 +262,7 @@ def _paper() -> ConfigDict:
     # Of a run of many processes (launch/README.md). start_seconds: how long they wait for each other at the start.
     # heartbeat_seconds: when one has not been heard of for so long, the others end. step_deadline_seconds: a step that
     # takes longer, its save included, ends the process with all stacks printed (0: none); the first, which compiles,
-    # has ten times as long.
+    # and one with evaluators have ten times as long.
     config.distributed = ConfigDict({"start_seconds": 300, "heartbeat_seconds": 100, "step_deadline_seconds": 900.0})
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 20_000})
     # At the end, on held-out frames that come with the package: features.png of a clip of so many frames at this side,

@@ -204,7 +204,9 @@ def _run_steps(
                 told = _tell_skipped(pipeline.skipped, told)
             if config.pictures_every and step % config.pictures_every == 0 and step < config.steps:
                 _draw(config, run, state, step, metrics)
-            if config.evaluators.every and (step % config.evaluators.every == 0 or step == config.steps):
+            evaluating = config.evaluators.every and (step % config.evaluators.every == 0 or step == config.steps)
+            if evaluating:
+                deadline.step_done(long=True)
                 evaluate(state, step)
             watch.charge("other")
             leaving = preemption.reached()
@@ -213,7 +215,8 @@ def _run_steps(
             if leaving:
                 preemption.leave(f"SIGTERM: the run ends here, saved at step {saver.finish()} of {config.steps}")
             watch.charge("save")
-            deadline.step_done()
+            # The others wait in their next step while process 0 evaluates.
+            deadline.step_done(long=evaluating)
     if saver.finish() < config.steps:
         raise TrainingError("the last step could not be saved; with free space, the same command does it again")
     return state

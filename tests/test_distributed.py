@@ -341,12 +341,15 @@ def test_unlike_device_counts_are_refused_by_every_process():
 HUNG = """
 import ctypes, sys, time
 from omnistream_jax.utils.step_deadline import StepDeadline
-with StepDeadline(0.8, first_factor=8) as deadline:
+with StepDeadline(0.8, long_factor=8) as deadline:
     time.sleep(1.0)            # the first step, which compiles
     deadline.step_done()
     for _ in range(3):
         time.sleep(0.3)
         deadline.step_done()
+    deadline.step_done(long=True)
+    time.sleep(1.0)            # evaluators
+    deadline.step_done()
     print("now", flush=True)
     def a_loader_that_hangs():
         ctypes.PyDLL(None).sleep({seconds})   # holds the interpreter's lock
@@ -366,7 +369,7 @@ def test_a_step_beyond_its_deadline_ends_with_all_stacks_even_if_the_interpreter
 
 
 def test_without_a_deadline_and_after_the_last_step_nothing_ends():
-    program = HUNG.format(seconds=1).replace("StepDeadline(0.8, first_factor=8)", "StepDeadline(0)")
-    after = program + "with StepDeadline(0.2, first_factor=1): pass\ntime.sleep(0.5)\nprint('alive')"
+    program = HUNG.format(seconds=1).replace("StepDeadline(0.8, long_factor=8)", "StepDeadline(0)")
+    after = program + "with StepDeadline(0.2, long_factor=1): pass\ntime.sleep(0.5)\nprint('alive')"
     result = subprocess.run([sys.executable, "-c", after], capture_output=True, text=True, timeout=25)
     assert (result.returncode, result.stdout) == (0, "now\nthrough\nalive\n")
