@@ -29,6 +29,7 @@ from omnistream_jax.evals import figures, paper_tables
 from omnistream_jax.evals.probes import action, ade20k, imagenet, nyuv2
 from omnistream_jax.evals.probes.base import EMBEDDED, Encode, Evaluation, Probe
 from omnistream_jax.evals.probes.engine import ProbeState, Trainer, init_state, make_encode, read_share
+from omnistream_jax.evals.probes.feature_cache import files_digest
 from omnistream_jax.evals.probes.steps import FeatureSteps, FrameSteps
 from omnistream_jax.evals.probes.sweep_plots import plot_sweep
 from omnistream_jax.evals.probes.sweep_report import Report, best_of, from_json, sweep_table
@@ -277,7 +278,8 @@ def _steps(job: Job, trainer: Trainer, start: int) -> contextlib.AbstractContext
     if config.augment:
         return FrameSteps(trainer, job.encode, job.probe.train_data(), config.loader, start)
     path = job.output / "features" / "train.safetensors"
-    made_of = {"settings": job.settings, "data": job.probe.train_samples().settings()}
+    samples = job.probe.train_samples()
+    made_of = {"settings": job.settings, "data": samples.settings(), "files": files_digest(samples.source)}
     return FeatureSteps(trainer, job.encode_here, config.batch, path, made_of, config.loader.workers)
 
 

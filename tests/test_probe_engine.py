@@ -13,7 +13,7 @@ from backbone_cases import random_frames, random_model
 from omnistream_jax.data.errors import DataError
 from omnistream_jax.evals.probes.base import Heads
 from omnistream_jax.evals.probes.engine import Trainer, batched, init_state, make_encode, read_share
-from omnistream_jax.evals.probes.feature_cache import FeatureBatches, cached_arrays
+from omnistream_jax.evals.probes.feature_cache import FeatureBatches, cached_arrays, files_digest
 from omnistream_jax.evals.probes.imagenet import ImageProbe
 from omnistream_jax.evals.probes.optimizers import Sgd
 from omnistream_jax.evals.probes.schedules import Cosine
@@ -206,6 +206,24 @@ def test_features_are_made_once(tmp_path):
     assert len(calls) == 4
     assert "no whole file" in said[-1]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_features_are_of_the_files_that_are_there(tmp_path):
+    class Files:
+        def __len__(self):
+            return 3
+
+        def describe(self, index):
+            return str(tmp_path / f"{index}.png") if index else "scene 0"
+
+    for name in "123":
+        (tmp_path / f"{name}.png").write_bytes(b"abc")
+    before = files_digest(Files())
+    assert files_digest(Files()) == before
+    (tmp_path / "2.png").write_bytes(b"abcd")
+    replaced = files_digest(Files())
+    (tmp_path / "2.png").unlink()
+    assert len({before, replaced, files_digest(Files())}) == 3
 
 
 def test_batches_of_features_are_passes_in_new_orders():

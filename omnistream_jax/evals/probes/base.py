@@ -120,7 +120,13 @@ class HeadOptimizer(Protocol):
 
 
 class ValidationData(Protocol):
-    """Samples to be scored, or deterministic ones to train on; random access, one by one."""
+    """Samples to be scored, or deterministic ones to train on; random access, one by one.
+
+    Attributes:
+        source: what they are read from; `describe(index)` tells the file of each.
+    """
+
+    source: Any
 
     def __len__(self) -> int:
         """How many there are."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +17,25 @@ from omnistream_jax.convert.files import WeightsError, read_tensor_file
 from omnistream_jax.utils.agreement import any_process, from_first_process, say, wait_for_all
 from omnistream_jax.utils.files import written_aside
 from omnistream_jax.utils.tensor_file import read_metadata, write_tensors
+
+
+class Source(Protocol):
+    """What samples are read from."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def describe(self, index: int) -> str:
+        """The path of a sample's file, or what else it is made from."""
+
+
+def files_digest(source: Source) -> str:
+    """sha256 of the samples' files, their paths and sizes: another where one is replaced, renamed or missing."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        path = Path(source.describe(index))
+        digest.update(f"{path} {path.stat().st_size if path.is_file() else None}\n".encode())
+    return digest.hexdigest()
 
 
 def cached_arrays(
