@@ -181,6 +181,9 @@ def test_files_that_are_no_probe_are_refused(golden, tmp_path):
     save_file({"fc.weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match=r"other\.safetensors: expected an attentive probe.*found fc\.weight"):
         load_attentive_probe(tmp_path / "other.safetensors")
+    (tmp_path / "ssv2-vitl-16x2x3.pt").write_bytes(b"PK")
+    with pytest.raises(WeightsError, match=r"ssv2-vitl-16x2x3\.pt: pickled weights are refused"):
+        load_attentive_probe(tmp_path / "ssv2-vitl-16x2x3.pt")
     tensors = {name: tensor for name, tensor in golden.weights.items() if name != "pooler.query_tokens"}
     with pytest.raises(WeightsError, match=r"file: pooler\.query_tokens is missing, expected an array of 3 axes"):
         find_sizes(tensors, "vjepa2", "file")

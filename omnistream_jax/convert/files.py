@@ -126,7 +126,9 @@ def fingerprint(path: str | os.PathLike, *others: str) -> str:
 
 
 def read_tensor_file(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of one safetensors file; WeightsError, naming it, if it is missing or not whole."""
+    """All tensors of one safetensors file; WeightsError, naming it, if it is missing, pickled or not whole."""
+    if path.suffix in _PICKLED:
+        raise WeightsError(_pickle_message(path))
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
